@@ -1,0 +1,1 @@
+"""intlm: recurrent language models pretrained with integers only."""

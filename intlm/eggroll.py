@@ -1,0 +1,305 @@
+"""EGGROLL: sites, noise streams, credit, fitness, scales and the update. What every engine shares.
+
+Sarkar et al., *Evolution Strategies at the Hyperscale*, arXiv 2511.16652, is the estimator `weight`. The
+estimator `activation` perturbs the units' sums instead of the weights and credits each token with the
+losses that follow it closely; docs/algorithm.md derives both.
+
+The functions on arrays are written once, against the array API that NumPy and JAX share.
+"""
+
+import numpy as np
+
+from intlm import fixedpoint, noise
+from intlm.config import CREDIT_LIMIT, FITNESS_UNIT, EggrollConfig, ModelConfig
+from intlm.fixedpoint import Array, namespace, rounding_shift, saturate
+from intlm.model import LAYER_MATRICES, LAYER_NORMS, TRAINED
+
+Votes = dict[str, Array]
+"""int32 by parameter name, of the parameter's shape: the sum over pairs of fitness times direction."""
+
+Statistics = dict[str, Array]
+"""int64 sums over the population: slices add up. Keys: `score` (of all members' tokens, 1/256 bit),
+`difference` (sum of |d|), `ties` (pairs, or tokens of pairs, with d = 0), `saturated` (factors at +-127),
+`seen` (rows of the embedding seen, summed over pairs), and `square` or `square.<parameter>`."""
+
+Scales = dict[str, Array]
+"""int32: `difference` (mean |d| of the step before; estimator `weight`) or `shift.<parameter>`."""
+
+NORMS = ("norm_output", *LAYER_NORMS)
+
+SITE_OF = {
+    "embedding": "embedding",
+    "gate_input": "gate",
+    "gate_recurrent": "gate",
+    "gate_bias": "gate",
+    "candidate_input": "candidate",
+    "candidate_recurrent": "candidate",
+    "candidate_bias": "candidate",
+    "mlp_in": "mlp_in",
+    "mlp_out": "mlp_out",
+    "head": "head",
+}
+"""Estimator `activation`: the site whose perturbation trains a parameter. Norm weights have none: they are
+perturbed themselves, once a segment."""
+
+SITES = ("embedding", "gate", "candidate", "mlp_in", "mlp_out", "head")
+
+
+# --- noise streams ------------------------------------------------------------------------------------
+
+
+def step_key(root: Array, step: Array) -> Array:
+    """The key (uint32 [2]) of one step: `root` is `noise.seed_key(seed)`, `step` an integer from 0 up."""
+    return noise.fold(root, step, 0)
+
+
+def output_key(key: Array, name: str, layer: Array = 0) -> Array:
+    """The stream of A (one number an output) of a parameter's perturbation, or of a vector's own."""
+    return noise.fold(key, 2 * TRAINED.index(name), layer)
+
+
+def input_key(key: Array, name: str, layer: Array = 0) -> Array:
+    """The stream of B (one number an input) of a parameter's perturbation."""
+    return noise.fold(key, 2 * TRAINED.index(name) + 1, layer)
+
+
+def direction_key(key: Array, site: str, layer: Array = 0) -> Array:
+    """The stream of A_s (one sign a unit, held for the segment) of a site."""
+    return noise.fold(key, 64 + 2 * SITES.index(site), layer)
+
+
+def sign_key(key: Array, site: str, layer: Array = 0) -> Array:
+    """The stream of the per-token signs of a site."""
+    return noise.fold(key, 65 + 2 * SITES.index(site), layer)
+
+
+def draw(config: EggrollConfig, key: Array, rows_N: Array, count: int) -> Array:
+    """Noise of the configured kind: int8 [N, count]."""
+    kind = noise.rademacher if config.noise == "rademacher" else noise.gaussian
+    return kind(key, rows_N, count)
+
+
+# --- perturbations ------------------------------------------------------------------------------------
+
+
+def vector_perturbation(config: EggrollConfig, a: Array) -> Array:
+    """What a vector's noise `a` (int8) adds to the vector, for the + member: int32, same shape."""
+    xp = namespace(a)
+    wide = a.astype(xp.int32) << config.sigma_norm
+    return wide if config.noise == "rademacher" else rounding_shift(wide, 4)
+
+
+def matrix_perturbation(config: EggrollConfig, projection: Array, a: Array) -> Array:
+    """What a pair's rank-1 term adds to an accumulator, for the + member, before the shift.
+
+    projection: x.B, int32 [..., 1]; a: A, int8 [..., M]. Returns int32 [..., M]. Gaussian A and B are Q4, so
+    that A.B is Q8 of a weight step; the projection is shifted by 4 first, to stay inside 32 bits.
+    """
+    xp = namespace(a)
+    if config.noise == "rademacher":
+        return (projection * a.astype(xp.int32)) << config.sigma_weight
+    return rounding_shift((projection >> 4) * a.astype(xp.int32), 4) << config.sigma_weight
+
+
+def embedding_perturbation(config: EggrollConfig, a: Array, b: Array) -> Array:
+    """What a rank-1 term adds to rows of the embedding, for the + member: a [..., 1], b [..., D]; int32."""
+    xp = namespace(a)
+    product = a.astype(xp.int32) * b.astype(xp.int32)
+    if config.noise == "gaussian":
+        product = rounding_shift(product, 8)
+    return product << config.sigma_weight
+
+
+def site_shift(config: EggrollConfig, site: str, width: int) -> int:
+    """log2 of a site's perturbation in units of its accumulator (the embedding's: of its int8 output).
+
+    width: the width D of the model. One step of the output after the shift is 2**shift of the accumulator.
+    """
+    if site == "embedding":
+        return config.sigma_embedding
+    sigma = {
+        "gate": config.sigma_gate,
+        "candidate": config.sigma_candidate,
+        "mlp_in": config.sigma_mlp,
+        "mlp_out": config.sigma_mlp,
+        "head": config.sigma_head,
+    }[site]
+    return sigma + fixedpoint.matmul_shift(4 * width if site == "mlp_out" else width)
+
+
+# --- credit (estimator `activation`) --------------------------------------------------------------------
+
+
+def credit(scores_Tx2xN: Array) -> Array:
+    """Each token's clipped score difference, d_t = score+ - score-: int32 [T, N] from int32 [T, 2, N]."""
+    xp = namespace(scores_Tx2xN)
+    return xp.clip(scores_Tx2xN[:, 0] - scores_Tx2xN[:, 1], -CREDIT_LIMIT, CREDIT_LIMIT)
+
+
+def discount(credit_N: Array, next_reward_N: Array, horizon: Array) -> Array:
+    """One step of the reward to go: R_t = d_t + R_{t+1} - (R_{t+1} >> k). int32; k = 0 keeps d_t alone."""
+    return credit_N + next_reward_N - (next_reward_N >> horizon)
+
+
+def horizons(config: EggrollConfig, model: ModelConfig, name: str) -> np.ndarray:
+    """k of a parameter with a site: int32 [L], or [] for the embedding and the head.
+
+    A perturbation behind the last recurrence acts on its own token alone: there k = 0 is exact.
+    """
+    if name == "head":
+        return np.array(0, np.int32)
+    if name == "embedding":
+        return np.array(config.horizon, np.int32)
+    recurrent = name in ("gate_recurrent", "candidate_recurrent")
+    k = np.full(model.layers, config.horizon_recurrent if recurrent else config.horizon, np.int32)
+    if name in ("mlp_in", "mlp_out"):
+        k[-1] = 0
+    return k
+
+
+def quantize(accumulator: Array, shift: Array) -> Array:
+    """B of a pair from its int32 accumulator: int8, rounded after a right shift, saturated."""
+    return saturate(rounding_shift(accumulator, shift))
+
+
+# --- fitness (estimator `weight`) ---------------------------------------------------------------------
+
+
+def fitness(config: EggrollConfig, difference_N: Array, mean: Array) -> Array:
+    """Fitness q of each pair from its score difference d over the segment: int8 [N].
+
+    difference_N: int32 [N]; mean: int32, the mean |d| of the step before, at least 1. `sign`: -1, 0 or 1.
+    `graded`: 32 d / mean, clipped to +-96.
+    """
+    xp = namespace(difference_N)
+    if config.fitness == "sign":
+        return xp.sign(difference_N).astype(xp.int8)
+    clipped = xp.clip(difference_N, -3 * mean, 3 * mean)
+    # |clipped * (2**21 // mean)| <= 3 * 2**21: inside 32 bits.
+    return rounding_shift(clipped * ((FITNESS_UNIT << 16) // mean), 16).astype(xp.int8)
+
+
+def weigh(config: EggrollConfig, fitness_N: Array, a: Array) -> Array:
+    """q A as int8 [N, ...], the left operand of the votes' matmul; a: int8 [N, ...].
+
+    Rademacher and sign fitness need no rounding; graded fitness on Gaussian noise is taken back to Q4.
+    """
+    xp = namespace(a)
+    q = fitness_N.astype(xp.int32).reshape(-1, *([1] * (a.ndim - 1)))
+    product = q * a.astype(xp.int32)
+    if config.noise == "gaussian" and config.fitness == "graded":
+        product = rounding_shift(product, 5)
+    return saturate(product)
+
+
+# --- scales -------------------------------------------------------------------------------------------
+
+
+def first_scales(config: EggrollConfig, model: ModelConfig) -> Scales:
+    """Scales before anything has been measured; a dry evaluation of the first segment replaces them."""
+    if config.estimator == "weight":
+        return {"difference": np.array(1, np.int32)}
+    return {
+        f"shift.{name}": np.full(
+            (model.layers,) if name in LAYER_MATRICES or name in _LAYERED else (), 10, np.int32
+        )
+        for name in TRAINED
+    }
+
+
+_LAYERED = (*LAYER_NORMS, "gate_bias", "candidate_bias")
+
+
+def next_scales(config: EggrollConfig, model: ModelConfig, scales: Scales, statistics: Statistics) -> Scales:
+    """The scales that this step's statistics give to the next: mean |d|, or shifts that bring the root mean
+    square of each B to 16 to 32 (estimators `weight` and `activation`)."""
+    xp = namespace(statistics["score"])
+    if config.estimator == "weight":
+        mean = statistics["difference"] // config.pairs
+        return {"difference": xp.clip(mean, 1, 1 << 28).astype(xp.int32)}
+    shifts = {}
+    for name in TRAINED:
+        entries = statistics["seen"] if name == "embedding" else config.pairs * _inputs(model, name)
+        mean_square = xp.maximum(statistics[f"square.{name}"] // entries, 1).astype(xp.int32)
+        # 2**8 to 2**10 is the window of one power of two in B around 24**2 = 576.
+        correction = (fixedpoint.floor_log2(mean_square) - 8) >> 1
+        shifts[f"shift.{name}"] = xp.clip(scales[f"shift.{name}"] + correction, 0, 30).astype(xp.int32)
+    return shifts
+
+
+def _inputs(model: ModelConfig, name: str) -> int:
+    """Inputs of a parameter's matrix: the length of B. Vectors have one."""
+    if name in ("mlp_out",):
+        return 4 * model.width
+    return model.width if name in LAYER_MATRICES or name == "head" else 1
+
+
+# --- update -------------------------------------------------------------------------------------------
+
+
+def schedule(config: EggrollConfig, step: int, steps: int) -> tuple[int, int]:
+    """(step size in 2**-16 of an int8 weight step, threshold quantile in Q8) at a step of a run of `steps`.
+
+    The step size, and the threshold update's alpha, fall linearly to 0 over the run.
+    """
+    left = max(0, steps - step)
+    size = (config.step_size << 8) * left // steps
+    return size, fixedpoint.normal_tail_quantile(config.alpha * left // steps)
+
+
+def update(
+    config: EggrollConfig,
+    model: ModelConfig,
+    masters: dict[str, Array],
+    votes: Votes,
+    statistics: Statistics,
+    step_size: Array,
+    quantile: Array,
+) -> dict[str, Array]:
+    """Masters after one step: int16, by name.
+
+    votes: int32; step_size, quantile: int64 scalars, from `schedule`. `linear`: `master += (votes * m + half)
+    >> 24` with m = step size * 2**16 / deviation; `threshold`: a weight moves by one int8 step where |votes|
+    passes quantile * deviation. The deviation is the one that the votes would have if fitness were noise.
+    The product stays below 2**62 (docs/numerics.md).
+    """
+    xp = namespace(step_size)
+    limit = fixedpoint.MASTER_LIMIT
+    updated = {}
+    for name, master in masters.items():
+        # Q8, so that small deviations keep their precision; at least 1.0, so that the quotient is bounded.
+        variance = xp.minimum(_variance(config, model, name, statistics), 1 << 45)
+        deviation = xp.maximum(fixedpoint.integer_sqrt(variance << 16), 1 << 8)
+        if deviation.ndim:
+            deviation = deviation.reshape(-1, *([1] * (master.ndim - 1)))
+        wide = votes[name].astype(xp.int64)
+        if config.update == "threshold":
+            passed = (xp.abs(wide) << 16) > quantile * deviation
+            delta = xp.where(passed, xp.sign(wide) << fixedpoint.MASTER_FRACTION_BITS, 0)
+        else:
+            multiple = {"head": config.step_head, "embedding": config.step_embedding}.get(
+                name, config.step_norm if name in NORMS else 1
+            )
+            delta = rounding_shift(wide * (((step_size * multiple) << 24) // deviation), 24)
+        updated[name] = xp.clip(master + delta, -limit, limit).astype(xp.int16)
+    return updated
+
+
+def _variance(config: EggrollConfig, model: ModelConfig, name: str, statistics: Statistics) -> Array:
+    """The variance of an element of the votes if fitness were pure noise: int64, [L] or []."""
+    if config.estimator == "activation":
+        square = statistics[f"square.{name}"]
+        if name == "embedding":
+            # As if every pair had seen the row: rare rows then move less than frequent ones.
+            xp = namespace(square)
+            return ((square << 8) // xp.maximum(statistics["seen"], 1) * config.pairs) >> 8
+        return square // _inputs(model, name)
+    square = statistics["square"]
+    vector = name in NORMS or name.endswith("bias")
+    if not vector:
+        square = square * config.rank
+    if config.noise == "gaussian":
+        square = square << (8 if vector else 16)
+        if config.fitness == "graded":
+            square = square >> 10
+    return square

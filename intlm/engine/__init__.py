@@ -1,0 +1,1 @@
+"""Engines: ways to evaluate a population. All give the same bits."""

@@ -1,0 +1,63 @@
+"""The seam between what is evaluated and how: the protocol of an engine, and the choice of one."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from intlm.config import EggrollConfig, ModelConfig
+from intlm.eggroll import Scales, Statistics, Votes
+from intlm.errors import unknown
+from intlm.fixedpoint import Array
+from intlm.model import Parameters
+
+
+class Engine(Protocol):
+    """Evaluates a population, or the model itself. Every engine gives the same bits.
+
+    Arrays go in and come out as the engine keeps them (NumPy's or JAX's); both convert with `numpy.asarray`.
+    """
+
+    name: str
+
+    def population_step(
+        self,
+        parameters: Parameters,
+        key: Array,
+        scales: Scales,
+        tokens_PxT1: Array,
+        state_PxLxD: Array,
+        first_pair: int = 0,
+    ) -> tuple[Votes, Statistics, Array]:
+        """Evaluate the antithetic pairs `first_pair`, `first_pair + 1`, ... on one segment.
+
+        key: uint32 [2], `eggroll.step_key`; tokens: int32 [P, T + 1], inputs and, one later, targets; state:
+        int8 [P, L, D]. Returns this slice's votes, its statistics and the pairs' states after the segment.
+        Votes and statistics of slices add up to those of the population.
+        """
+        ...
+
+    def forward(self, parameters: Parameters, tokens_NxT: Array, state_NxLxD: Array) -> tuple[Array, Array]:
+        """The unperturbed model: logits int16 [N, T, V] in 1/256 bit, and the states after the tokens."""
+        ...
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, written on arrays, as this engine runs it: traced and compiled, or as it is."""
+        ...
+
+
+ENGINES = {"reference": "ReferenceEngine", "xla": "XlaEngine"}
+
+
+def make_engine(name: str, model: ModelConfig, eggroll: EggrollConfig, chunk: int = 0) -> Engine:
+    """The engine `name` ("auto": the fastest one here) for a configuration.
+
+    chunk: pairs evaluated at once, which bounds memory and changes no bit; 0 lets the engine choose.
+    Raises InputError for a name that is unknown.
+    """
+    if name == "auto":
+        name = "xla"
+    if name not in ENGINES:
+        raise unknown("--engine", name, ["auto", *ENGINES])
+    module = importlib.import_module(f"intlm.engine.{name}")
+    engine: Engine = getattr(module, ENGINES[name])(model, eggroll, chunk)
+    return engine

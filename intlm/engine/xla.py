@@ -1,0 +1,541 @@
+"""The XLA engine: JAX on any platform. Layer outer, time inner.
+
+All inputs of a segment are known in advance, so that everything but the recurrence runs over all tokens at
+once: one large matmul for the input halves of gate and candidate and for each MLP matrix, and only the two
+recurrent matmuls token by token. Members are laid out [T, 2, n, ...] and evaluated in chunks of n pairs
+inside one compiled loop, so that what a chunk writes stays in the cache.
+
+On CPUs an int8 matmul is fast only when it contracts the last axis of both operands; `_dot` is the one
+place that writes one.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import or_
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from intlm import eggroll, fixedpoint
+from intlm.config import EggrollConfig, ModelConfig, check_bounds
+from intlm.eggroll import Scales, Statistics, Votes
+from intlm.fixedpoint import activate, gated, matmul_shift, normalize, saturate
+from intlm.model import LAYER, LAYER_BIASES, LAYER_MATRICES, LAYER_NORMS, SEPARATOR, TRAINED, Parameters, shapes
+
+CHUNK_BYTES = 4 << 20
+"""What a chunk's largest intermediate should take: it has to stay in the cache."""
+
+SLICE_PAIRS = 2048
+"""Pairs evaluated in one compiled call; a larger population takes several, and its memory stays flat."""
+
+Tree = dict[str, jax.Array]
+
+
+def _dot(x: jax.Array, weight_MxK: jax.Array) -> jax.Array:
+    """x W^T: int8 [..., K] and int8 [M, K] to int32 [..., M]."""
+    flat = x.reshape(-1, x.shape[-1])
+    result = lax.dot_general(flat, weight_MxK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return result.reshape(*x.shape[:-1], weight_MxK.shape[0])
+
+
+class _Plain:
+    """The unperturbed model. Its subclasses add what an estimator perturbs.
+
+    Noise is a tree for one layer, or for what has no layer (embedding, final norm, head), made before the loops
+    over chunks and layers: made inside, XLA would fuse the unpacking of bits into every reader.
+    """
+
+    def linear(
+        self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
+    ) -> list[jax.Array]:
+        """The perturbed accumulators of several matrices on one input, in one matmul: int32 [..., M] each."""
+        joined = _dot(x, jnp.concatenate(weights) if len(weights) > 1 else weights[0])
+        return jnp.split(joined, np.cumsum([w.shape[0] for w in weights])[:-1].tolist(), axis=-1)
+
+    def recurrent(self, name: str, weight: jax.Array, h: jax.Array, noise: Tree) -> jax.Array:
+        """The perturbed accumulator of a recurrent matrix for one token: int32 [..., M]."""
+        return _dot(h, weight)
+
+    def vector(self, name: str, weight_D: jax.Array, noise: Tree) -> jax.Array:
+        """The perturbed norm weight or bias: int8, broadcastable to [..., D]."""
+        return weight_D
+
+    def embed(self, embedding: jax.Array, tokens: jax.Array, noise: Tree) -> jax.Array:
+        """Rows of the embedding: int8 [..., D]."""
+        return embedding[tokens]
+
+    def record(self, **inputs: jax.Array) -> Tree:
+        """What has to be kept of a layer's inputs for the votes."""
+        return {}
+
+
+_SIGN = np.array([1, -1], np.int32)
+
+
+class _Weight(_Plain):
+    """The estimator `weight`; members are [T, 2, n, ...]. Noise: A [n, r, M] and B [n, r, K] of a matrix under
+    `a.<name>` and `b.<name>`, a vector's [n, D] under its name."""
+
+    def __init__(self, config: EggrollConfig, model: ModelConfig):
+        self.config, self.model = config, model
+
+    def noise(self, key: jax.Array, rows_P: jax.Array, segment: int) -> tuple[Tree, Tree]:
+        """The noise of the layers [P, L, ...] and of what has no layer [P, ...]."""
+        config, pairs, rank = self.config, rows_P.shape[0], self.config.rank
+
+        def matrix(name: str, layer: Any) -> Tree:
+            m, k = shapes(self.model)[name][-2:]
+            a = eggroll.draw(config, eggroll.output_key(key, name, layer), rows_P, rank * m)
+            b = eggroll.draw(config, eggroll.input_key(key, name, layer), rows_P, rank * k)
+            return {f"a.{name}": a.reshape(pairs, rank, m), f"b.{name}": b.reshape(pairs, rank, k)}
+
+        layers = [
+            reduce(or_, (matrix(name, layer) for name in LAYER_MATRICES))
+            | self.vectors((*LAYER_NORMS, *LAYER_BIASES), key, rows_P, layer)
+            for layer in range(self.model.layers)
+        ]
+        own = matrix("embedding", 0) | matrix("head", 0) | self.vectors(("norm_output",), key, rows_P, 0)
+        return _stack(layers), own
+
+    def vectors(self, names: Sequence[str], key: jax.Array, rows_P: jax.Array, layer: int) -> Tree:
+        """The noise of vectors: int8 [P, D]."""
+        width = self.model.width
+        return {
+            name: eggroll.draw(self.config, eggroll.output_key(key, name, layer), rows_P, width)
+            for name in names
+        }
+
+    def linear(
+        self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
+    ) -> list[jax.Array]:
+        """The projections x.B ride along in the matmul: all pairs' B are extra outputs, of which each member
+        keeps its own pair's. That costs n * rank columns, and far less than a reduction of its own."""
+        b = [noise[f"b.{name}"].reshape(-1, x.shape[-1]) for name in names]
+        sizes = [w.shape[0] for w in weights] + [v.shape[0] for v in b]
+        joined = _dot(x, jnp.concatenate([*weights, *b]))
+        parts = jnp.split(joined, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+        n, rank = noise[f"b.{names[0]}"].shape[:2]
+        own = jnp.eye(n, dtype=jnp.int32)[:, :, None]
+        result = []
+        for name, accumulator, crossed in zip(names, parts[: len(names)], parts[len(names) :], strict=True):
+            projection = jnp.sum(
+                crossed.reshape(*crossed.shape[:-1], n, rank) * own, axis=-2, dtype=jnp.int32
+            )
+            change = sum(
+                eggroll.matrix_perturbation(self.config, projection[..., r, None], noise[f"a.{name}"][:, r])
+                for r in range(rank)
+            )
+            result.append(accumulator + _SIGN[:, None, None] * change)
+        return result
+
+    def recurrent(self, name: str, weight: jax.Array, h: jax.Array, noise: Tree) -> jax.Array:
+        """One token's members are a [2, n, D] input like any other."""
+        return self.linear([name], [weight], h, noise)[0]
+
+    def vector(self, name: str, weight_D: jax.Array, noise: Tree) -> jax.Array:
+        """Plus and minus the vector's noise: int8 [2, n, D]."""
+        change = eggroll.vector_perturbation(self.config, noise[name])
+        return saturate(weight_D.astype(jnp.int32) + _SIGN[:, None, None] * change)
+
+    def embed(self, embedding: jax.Array, tokens: jax.Array, noise: Tree) -> jax.Array:
+        """tokens: int32 [T, 1, n]. Returns int8 [T, 2, n, D]."""
+        change: Any = 0
+        for r in range(self.config.rank):
+            row = jnp.take_along_axis(noise["a.embedding"][:, r].T, tokens[:, 0], axis=0)[..., None]
+            change = change + eggroll.embedding_perturbation(self.config, row, noise["b.embedding"][:, r])
+        return saturate(embedding[tokens].astype(jnp.int32) + _SIGN[:, None, None] * change[:, None])
+
+
+class _Activation(_Weight):
+    """The estimator `activation`. Noise: A_s [n, M] and the per-token signs [n, T] of a site under `a.<site>`
+    and `s.<site>`, a norm's [n, D] under its name."""
+
+    def noise(self, key: jax.Array, rows_P: jax.Array, segment: int) -> tuple[Tree, Tree]:
+        """The noise of the layers [P, L, ...] and of what has no layer [P, ...]."""
+        widths = {"mlp_in": 4 * self.model.width, "head": self.model.vocabulary}
+
+        def site(site: str, layer: Any) -> Tree:
+            direction, sign = eggroll.direction_key(key, site, layer), eggroll.sign_key(key, site, layer)
+            width = widths.get(site, self.model.width)
+            return {
+                f"a.{site}": eggroll.draw(self.config, direction, rows_P, width),
+                f"s.{site}": eggroll.draw(self.config, sign, rows_P, segment),
+            }
+
+        layers = [
+            reduce(or_, (site(name, layer) for name in ("gate", "candidate", "mlp_in", "mlp_out")))
+            | self.vectors(LAYER_NORMS, key, rows_P, layer)
+            for layer in range(self.model.layers)
+        ]
+        own = site("embedding", 0) | site("head", 0) | self.vectors(("norm_output",), key, rows_P, 0)
+        return _stack(layers), own
+
+    def site(self, site: str, noise: Tree) -> jax.Array:
+        """What a site adds to its accumulator: int32 [T, 2, n, M]."""
+        shift = eggroll.site_shift(self.config, site, self.model.width)
+        step = noise[f"a.{site}"].astype(jnp.int32) << shift
+        signs_Txn = noise[f"s.{site}"].T.astype(jnp.int32)
+        return (signs_Txn[:, None, :] * _SIGN[:, None])[..., None] * step
+
+    def linear(
+        self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
+    ) -> list[jax.Array]:
+        """The plain accumulators, and each one's site."""
+        plain = _Plain.linear(self, names, weights, x, noise)
+        return [a + self.site(eggroll.SITE_OF[name], noise) for name, a in zip(names, plain, strict=True)]
+
+    def recurrent(self, name: str, weight: jax.Array, h: jax.Array, noise: Tree) -> jax.Array:
+        """Plain: the site is perturbed once, with the input matrix."""
+        return _dot(h, weight)
+
+    def vector(self, name: str, weight_D: jax.Array, noise: Tree) -> jax.Array:
+        """Norm weights are perturbed, biases belong to their site."""
+        return weight_D if name in LAYER_BIASES else super().vector(name, weight_D, noise)
+
+    def embed(self, embedding: jax.Array, tokens: jax.Array, noise: Tree) -> jax.Array:
+        """tokens: int32 [T, 1, n]. Returns int8 [T, 2, n, D]."""
+        return saturate(embedding[tokens].astype(jnp.int32) + self.site("embedding", noise))
+
+    def record(self, **inputs: jax.Array) -> Tree:
+        """The sums over each pair of the matrices' inputs: int16 [T, n, K]."""
+        return {name: x[:, 0].astype(jnp.int16) + x[:, 1] for name, x in inputs.items()}
+
+
+def _stack(layers: list[Tree]) -> Tree:
+    """One tree with a layer axis after the pairs: [P, L, ...]."""
+    return {name: jnp.stack([tree[name] for tree in layers], axis=1) for name in layers[0]}
+
+
+def _sequence(
+    model: ModelConfig,
+    parameters: Tree,
+    tokens: jax.Array,
+    state_Lx: jax.Array,
+    perturbed: _Plain,
+    layers_noise: Tree,
+    noise: Tree,
+) -> tuple[jax.Array, jax.Array, Tree]:
+    """All tokens through the model: logits int16 [T, ..., V], new states, and what was recorded.
+
+    tokens: int32 [T, ...]; state: int8 [L, ..., D]; layers_noise: [L, ...].
+    """
+    shift, shift_wide = matmul_shift(model.width), matmul_shift(4 * model.width)
+    reset = (tokens == SEPARATOR)[..., None]
+
+    def layer_step(x: jax.Array, layer_inputs: Any) -> Any:
+        weights, h, noise = layer_inputs
+
+        def bias(name: str) -> jax.Array:
+            return perturbed.vector(name, weights[name], noise).astype(jnp.int32) << shift
+
+        u = normalize(x, perturbed.vector("norm_recurrent", weights["norm_recurrent"], noise))
+        names = ("gate_input", "candidate_input")
+        gate_sum, candidate_sum = perturbed.linear(names, [weights[name] for name in names], u, noise)
+        gate_sum, candidate_sum = gate_sum + bias("gate_bias"), candidate_sum + bias("candidate_bias")
+
+        def token_step(h: jax.Array, sums: Any) -> Any:
+            gate_sum, candidate_sum, reset = sums
+            h = jnp.where(reset, jnp.int8(0), h)
+            name = "gate_recurrent"
+            gate_sum = gate_sum + perturbed.recurrent(name, weights[name], h, noise)
+            gate = activate(saturate(gate_sum >> shift), model.gate)
+            remembered = gated(gate, h).astype(jnp.int8)
+            name = "candidate_recurrent"
+            candidate_sum = candidate_sum + perturbed.recurrent(name, weights[name], remembered, noise)
+            candidate = activate(saturate(candidate_sum >> shift), model.candidate)
+            after = (h + gated(gate, candidate.astype(jnp.int32) - h)).astype(jnp.int8)
+            return after, (h, remembered, after)
+
+        last, (before, remembered, after) = lax.scan(token_step, h, (gate_sum, candidate_sum, reset))
+        x = saturate(x.astype(jnp.int32) + after)
+        v = normalize(x, perturbed.vector("norm_mlp", weights["norm_mlp"], noise))
+        (hidden_sum,) = perturbed.linear(["mlp_in"], [weights["mlp_in"]], v, noise)
+        hidden = activate(saturate(hidden_sum >> shift), model.mlp)
+        (output_sum,) = perturbed.linear(["mlp_out"], [weights["mlp_out"]], hidden, noise)
+        x = saturate(x.astype(jnp.int32) + saturate(output_sum >> shift_wide))
+        recorded = perturbed.record(
+            gate_input=u, gate_recurrent=before, candidate_recurrent=remembered, mlp_in=v, mlp_out=hidden
+        )
+        return x, (last, recorded)
+
+    x = perturbed.embed(parameters["embedding"], tokens, noise)
+    weights = {name: parameters[name] for name in LAYER}
+    x, (state, recorded) = lax.scan(layer_step, x, (weights, state_Lx, layers_noise))
+    y = normalize(x, perturbed.vector("norm_output", parameters["norm_output"], noise))
+    (head_sum,) = perturbed.linear(["head"], [parameters["head"]], y, noise)
+    logits = (head_sum >> (shift - 4)) + parameters["head_bias"].astype(jnp.int32)
+    logits = jnp.clip(logits, -fixedpoint.LOGIT_LIMIT, fixedpoint.LOGIT_LIMIT)
+    return logits.astype(jnp.int16), state, recorded | perturbed.record(head=y)
+
+
+class XlaEngine:
+    """JAX on the default device."""
+
+    name = "xla"
+
+    def __init__(self, model: ModelConfig, config: EggrollConfig, chunk: int = 0):
+        """Check the bounds of the configuration; `chunk` pairs are evaluated at once (0: chosen)."""
+        check_bounds(model, config)
+        self.model, self.config = model, config
+        widest = max(8 * model.width, 2 * model.vocabulary)
+        self.chunk = chunk or max(4, min(64, CHUNK_BYTES // (config.segment * widest * 4)))
+        self._population = self.compile(self._population_slice)
+        self._forward = self.compile(self._forward_all)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` traced and compiled, with 64-bit integers for the exact sums."""
+        compiled = jax.jit(function)
+
+        def call(*arguments: Any) -> Any:
+            with jax.enable_x64(True):
+                return compiled(*arguments)
+
+        return call
+
+    def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
+        """The unperturbed model; see `Engine.forward`."""
+        return self._forward(parameters, jnp.asarray(tokens_NxT, jnp.int32), jnp.asarray(state_NxLxD))
+
+    def _forward_all(
+        self, parameters: Tree, tokens_NxT: jax.Array, state_NxLxD: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        state = jnp.swapaxes(state_NxLxD, 0, 1)
+        logits, state, _ = _sequence(self.model, parameters, tokens_NxT.T, state, _Plain(), {}, {})
+        return jnp.swapaxes(logits, 0, 1), jnp.swapaxes(state, 0, 1)
+
+    def population_step(
+        self,
+        parameters: Parameters,
+        key: Any,
+        scales: Scales,
+        tokens_PxT1: Any,
+        state_PxLxD: Any,
+        first_pair: int = 0,
+    ) -> tuple[Votes, Statistics, Any]:
+        """See `Engine.population_step`."""
+        tokens, state = jnp.asarray(tokens_PxT1, jnp.int32), jnp.asarray(state_PxLxD)
+        parts = []
+        for start in range(0, tokens.shape[0], SLICE_PAIRS):
+            stop = start + SLICE_PAIRS
+            first = np.int32(first_pair + start)
+            parts.append(
+                self._population(parameters, key, scales, tokens[start:stop], state[start:stop], first)
+            )
+            if len(parts) == 2:
+                parts = [self._add(*parts)]
+        return parts[0]
+
+    def _add(self, one: Any, other: Any) -> Any:
+        with jax.enable_x64(True):
+            votes, statistics = jax.tree.map(jnp.add, one[:2], other[:2])
+            return votes, statistics, jnp.concatenate([one[2], other[2]])
+
+    def _population_slice(
+        self,
+        parameters: Tree,
+        key: jax.Array,
+        scales: Tree,
+        tokens_PxT1: jax.Array,
+        state_PxLxD: jax.Array,
+        first_pair: jax.Array,
+    ) -> tuple[Votes, Statistics, jax.Array]:
+        """Chunks in a loop, what remains after them, then the votes of all pairs at once."""
+        activation = self.config.estimator == "activation"
+        pairs, segment = tokens_PxT1.shape[0], tokens_PxT1.shape[1] - 1
+        rows_P = jnp.arange(pairs, dtype=jnp.int32) + first_pair
+        perturbed = (_Activation if activation else _Weight)(self.config, self.model)
+        noise = perturbed.noise(jnp.asarray(key), rows_P, segment)
+        evaluate = partial(self._chunk, parameters, scales, perturbed)
+        chunk = min(self.chunk, pairs)
+        whole = pairs - pairs % chunk
+        slices = (tokens_PxT1, state_PxLxD, *noise)
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(whole // chunk, chunk, *x.shape[1:]), slices)
+        parts = [
+            jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), lax.map(lambda s: evaluate(*s), chunks))
+        ]
+        if whole < pairs:
+            parts.append(evaluate(*jax.tree.map(lambda x: x[whole:], slices)))
+        outcome = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        if activation:
+            votes, statistics = self._activation_votes(parameters, noise, outcome)
+        else:
+            votes, statistics = self._weight_votes(parameters, noise, outcome, scales, tokens_PxT1)
+        for name in ("score", "difference", "ties"):
+            statistics[name] = jnp.sum(outcome[name].astype(jnp.int64))
+        statistics["seen"] = jnp.sum(_seen(self.model, tokens_PxT1).astype(jnp.int64))
+        return votes, statistics, outcome["state"]
+
+    def _chunk(
+        self,
+        parameters: Tree,
+        scales: Tree,
+        perturbed: _Weight,
+        tokens_nxT1: jax.Array,
+        state_nxLxD: jax.Array,
+        layers_noise: Tree,
+        noise: Tree,
+    ) -> Tree:
+        """Both members of n pairs over the segment. Every entry has a leading axis of n pairs."""
+        inputs, targets = tokens_nxT1[:, :-1].T, tokens_nxT1[:, 1:].T
+        by_layer = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), layers_noise)
+        state = jnp.swapaxes(state_nxLxD, 0, 1)[:, None]
+        state = jnp.broadcast_to(state, (state.shape[0], 2, *state.shape[2:]))
+        tokens = inputs[:, None, :]
+        logits, state, recorded = _sequence(
+            self.model, parameters, tokens, state, perturbed, by_layer, noise
+        )
+        scores = fixedpoint.log_likelihood(logits, jnp.broadcast_to(targets[:, None], logits.shape[:-1]))
+        average = (state[:, 0].astype(jnp.int32) + state[:, 1]) >> 1
+        outcome = {
+            "state": jnp.swapaxes(average.astype(jnp.int8), 0, 1),
+            "score": jnp.sum(scores, axis=(0, 1), dtype=jnp.int32),
+        }
+        if isinstance(perturbed, _Activation):
+            credit = eggroll.credit(scores)
+            outcome["difference"] = jnp.sum(jnp.abs(credit), axis=0, dtype=jnp.int32)
+            outcome["ties"] = jnp.sum((credit == 0).astype(jnp.int32), axis=0, dtype=jnp.int32)
+            return outcome | self._factors(scales, inputs, credit, recorded, by_layer, noise)
+        difference = jnp.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=jnp.int32)
+        outcome["signed"] = difference
+        outcome["difference"] = jnp.abs(difference)
+        outcome["ties"] = (difference == 0).astype(jnp.int32)
+        return outcome
+
+    # --- estimator `activation` -----------------------------------------------------------------------
+
+    def _factors(
+        self,
+        scales: Tree,
+        inputs_Txn: jax.Array,
+        credit_Txn: jax.Array,
+        recorded: Tree,
+        layers_noise: Tree,
+        noise: Tree,
+    ) -> Tree:
+        """B of every parameter: int8 [n, ...] under `factor.<parameter>`."""
+        ks = sorted({0, self.config.horizon, self.config.horizon_recurrent})
+        horizon = np.array(ks, np.int32)[:, None]
+
+        def back(reward: jax.Array, credit: jax.Array) -> Any:
+            reward = eggroll.discount(credit, reward, horizon)
+            return reward, reward
+
+        zero = jnp.zeros((len(ks), credit_Txn.shape[1]), jnp.int32)
+        _, rewards_TxHxn = lax.scan(back, zero, credit_Txn, reverse=True)
+        rewards = jnp.swapaxes(rewards_TxHxn, 0, 1)
+
+        def which(name: str) -> np.ndarray:
+            """Where a parameter's k stands among `ks`: [L] or []."""
+            return np.searchsorted(ks, eggroll.horizons(self.config, self.model, name)).astype(np.int32)
+
+        def signed(name: str, noise: Tree, index: Any) -> jax.Array:
+            return noise[f"s.{eggroll.SITE_OF[name]}"].T.astype(jnp.int32) * rewards[index]
+
+        def factor(signed_Txn: jax.Array, x_TxnxK: jax.Array, shift: jax.Array) -> jax.Array:
+            products = signed_Txn[:, :, None] * x_TxnxK.astype(jnp.int32)
+            return eggroll.quantize(jnp.sum(products, axis=0, dtype=jnp.int32), shift)
+
+        # The candidate's input matrix reads what the gate's reads; a bias reads 1 in each member.
+        source = {name: name for name in LAYER_MATRICES} | {"candidate_input": "gate_input"}
+        both = jnp.full((*credit_Txn.shape, 1), 2, jnp.int32)
+        total = jnp.sum(credit_Txn, axis=0, dtype=jnp.int32)[:, None]
+
+        def layer_factors(_: None, layer_inputs: Any) -> Any:
+            x, shifts, index, noise = layer_inputs
+            made = {name: eggroll.quantize(total, shifts[name]) for name in LAYER_NORMS}
+            for name in (*LAYER_MATRICES, *LAYER_BIASES):
+                read = x[source[name]] if name in source else both
+                made[name] = factor(signed(name, noise, index[name]), read, shifts[name])
+            return None, made
+
+        layers = (
+            {name: recorded[name] for name in set(source.values())},
+            {name: scales[f"shift.{name}"] for name in LAYER},
+            {name: which(name) for name in (*LAYER_MATRICES, *LAYER_BIASES)},
+            layers_noise,
+        )
+        _, made = lax.scan(layer_factors, None, layers)
+        factors = {name: jnp.swapaxes(value, 0, 1) for name, value in made.items()}
+        factors["norm_output"] = eggroll.quantize(total, scales["shift.norm_output"])
+        factors["head"] = factor(
+            signed("head", noise, which("head")), recorded["head"], scales["shift.head"]
+        )
+        n = credit_Txn.shape[1]
+        pair = jnp.broadcast_to(jnp.arange(n), inputs_Txn.shape)
+        rows = jnp.zeros((n, self.model.vocabulary), jnp.int32)
+        rows = rows.at[pair, inputs_Txn].add(signed("embedding", noise, which("embedding")))
+        factors["embedding"] = eggroll.quantize(rows, scales["shift.embedding"])
+        return {f"factor.{name}": value for name, value in factors.items()}
+
+    def _activation_votes(
+        self, parameters: Tree, noise: tuple[Tree, Tree], outcome: Tree
+    ) -> tuple[Votes, Statistics]:
+        votes: Votes = {}
+        statistics: Statistics = {"saturated": jnp.int64(0)}
+        for name in TRAINED:
+            b = outcome[f"factor.{name}"]
+            square = jnp.sum(b.astype(jnp.int32) ** 2, axis=-1, dtype=jnp.int32)
+            statistics[f"square.{name}"] = jnp.sum(square.astype(jnp.int64), axis=0)
+            full = (jnp.abs(b) == fixedpoint.WEIGHT_LIMIT).astype(jnp.int32)
+            statistics["saturated"] += jnp.sum(full.astype(jnp.int64))
+            source = name if name in eggroll.NORMS else f"a.{eggroll.SITE_OF[name]}"
+            if name in LAYER:
+                a = noise[0][source]
+                made = [_outer(a[:, layer], b[:, layer]) for layer in range(self.model.layers)]
+                votes[name] = jnp.stack(made).reshape(parameters[name].shape)
+            else:
+                made_one = _outer(noise[1][source], b)
+                votes[name] = (made_one.T if name == "embedding" else made_one).reshape(
+                    parameters[name].shape
+                )
+        return votes, statistics
+
+    # --- estimator `weight` ---------------------------------------------------------------------------
+
+    def _weight_votes(
+        self,
+        parameters: Tree,
+        noise: tuple[Tree, Tree],
+        outcome: Tree,
+        scales: Tree,
+        tokens_PxT1: jax.Array,
+    ) -> tuple[Votes, Statistics]:
+        q = eggroll.fitness(self.config, outcome["signed"], scales["difference"])
+        one = jnp.ones((q.shape[0], 1), jnp.int8)
+
+        def vote(name: str, tree: Tree) -> jax.Array:
+            if name in eggroll.NORMS or name in LAYER_BIASES:
+                return _outer(eggroll.weigh(self.config, q, tree[name]), one)
+            a, b = eggroll.weigh(self.config, q, tree[f"a.{name}"]), tree[f"b.{name}"]
+            if name == "embedding":
+                a = a * _seen(self.model, tokens_PxT1)[:, None, :]
+            return _outer(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+
+        layers = [
+            {name: x[:, layer] for name, x in noise[0].items()} for layer in range(self.model.layers)
+        ]
+        votes: Votes = {}
+        for name in TRAINED:
+            made = jnp.stack([vote(name, tree) for tree in layers]) if name in LAYER else vote(name, noise[1])
+            votes[name] = made.reshape(parameters[name].shape)
+        wide = q.astype(jnp.int64)
+        return votes, {
+            "square": jnp.sum(wide * wide),
+            "saturated": jnp.sum((jnp.abs(wide) == 3 * 32).astype(jnp.int64)),
+        }
+
+
+def _outer(a_PxM: jax.Array, b_PxK: jax.Array) -> jax.Array:
+    """The sum over pairs of A B^T: int32 [M, K]."""
+    return _dot(a_PxM.T, b_PxK.T)
+
+
+def _seen(model: ModelConfig, tokens_PxT1: jax.Array) -> jax.Array:
+    """1 where a pair's inputs contain a token: int8 [P, V]."""
+    pairs = tokens_PxT1.shape[0]
+    inputs = tokens_PxT1[:, :-1]
+    pair = jnp.broadcast_to(jnp.arange(pairs)[:, None], inputs.shape)
+    return jnp.zeros((pairs, model.vocabulary), jnp.int8).at[pair, inputs].set(1)

@@ -1,0 +1,20 @@
+"""The one exception for input that a person can put right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Bad input from outside: a flag, a file, a configuration.
+
+    The message is one line that names the flag or the file, the value, and what is accepted. The command
+    line prints it and exits with code 2; a library caller may catch it.
+    """
+
+
+def unknown(what: str, value: str, accepted: Iterable[str]) -> InputError:
+    """An `InputError` for a name that is not among those accepted, with the nearest one suggested."""
+    names = sorted(accepted)
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InputError(f"{what}: unknown {value!r}{hint} (accepted: {', '.join(names)})")

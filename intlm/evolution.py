@@ -1,0 +1,78 @@
+"""A run in memory: masters, recurrent states, scales and the step, and how one step leads to the next."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from intlm import eggroll, model, noise
+from intlm.config import EggrollConfig, ModelConfig
+from intlm.eggroll import Scales, Statistics
+from intlm.engine.engine import Engine
+from intlm.fixedpoint import Array
+
+FIRST_MEASUREMENTS = 8
+"""Dry evaluations at most before the first step, until the scales of B stand still."""
+
+
+@dataclass(frozen=True)
+class EvolutionState:
+    """All that a step reads and writes. Arrays are as the engine keeps them.
+
+    masters: int16 by parameter name; head_bias: int16 [V]; recurrent: int8 [P, L, D], one state a pair;
+    scales: int32, from the step before; step: steps done.
+    """
+
+    masters: dict[str, Array]
+    head_bias: Array
+    recurrent: Array
+    scales: Scales
+    step: int = 0
+
+
+def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarray) -> EvolutionState:
+    """The state before the first step. counts_V: how often each token occurs in the training text."""
+    return EvolutionState(
+        model.initial_masters(model_config, config.seed),
+        model.head_bias(counts_V),
+        model.initial_state(model_config, config.pairs),
+        eggroll.first_scales(config, model_config),
+    )
+
+
+class Evolution:
+    """Steps a state through a run of `steps` steps on an engine."""
+
+    def __init__(self, engine: Engine, model_config: ModelConfig, config: EggrollConfig, steps: int):
+        self.engine, self.model, self.config, self.steps = engine, model_config, config, steps
+        self._root = noise.seed_key(config.seed)
+        self.parameters = engine.compile(model.parameters)
+        self._update = engine.compile(lambda *values: eggroll.update(config, model_config, *values))
+        self._next_scales = engine.compile(lambda *values: eggroll.next_scales(config, model_config, *values))
+
+    def step(self, state: EvolutionState, tokens_LxT1: np.ndarray) -> tuple[EvolutionState, Statistics]:
+        """One step on one segment of every lane: int32 [lanes, T + 1].
+
+        The statistics may still be on their way from the device; reading them waits for the step.
+        """
+        tokens = np.repeat(tokens_LxT1, self.config.pairs_per_lane, axis=0)
+        key = eggroll.step_key(self._root, np.uint32(state.step))
+        parameters = self.parameters(state.masters, state.head_bias)
+        scales = state.scales if state.step else self._measure(state, parameters, key, tokens)
+        votes, statistics, recurrent = self.engine.population_step(
+            parameters, key, scales, tokens, state.recurrent
+        )
+        size, quantile = eggroll.schedule(self.config, state.step, self.steps)
+        masters = self._update(state.masters, votes, statistics, np.int64(size), np.int64(quantile))
+        scales = self._next_scales(scales, statistics)
+        return EvolutionState(masters, state.head_bias, recurrent, scales, state.step + 1), statistics
+
+    def _measure(self, state: EvolutionState, parameters: Array, key: Array, tokens: np.ndarray) -> Scales:
+        """Scales for the first step: from evaluations of its own segment that change nothing else."""
+        scales = state.scales
+        for _ in range(FIRST_MEASUREMENTS):
+            before = scales
+            _, statistics, _ = self.engine.population_step(parameters, key, before, tokens, state.recurrent)
+            scales = self._next_scales(before, statistics)
+            if all(np.array_equal(scales[name], before[name]) for name in scales):
+                break
+        return scales

@@ -1,0 +1,180 @@
+"""The run directory: what a training run leaves on disk, and how a command finds it.
+
+runs/<name>/config.json                           the resolved configuration; its presence makes it a run
+runs/<name>/tokenizer.*                           the tokenizer's files
+runs/<name>/metrics.jsonl                         see `train.metrics`
+runs/<name>/tensorboard/                          see `train.tracking`
+runs/<name>/checkpoints/step-00001000.safetensors see `intlm.checkpoint`
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intlm.checkpoint import replace_file
+from intlm.errors import InputError
+
+RUNS = Path("runs")  # below the current directory
+CHECKPOINT_NAME = re.compile(r"step-([0-9]+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory with its configuration. Made by `Run.create` or `Run.open`.
+
+    `directory`: the run's own directory, `runs/<name>`.
+    `config`: the resolved configuration, as read from JSON (lists, no tuples); nested dicts.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def create(
+        cls, directory: Path, config: dict[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> "Run":
+        """Make the run `directory` with `config` (JSON-able) and further `files` (name -> content).
+
+        `config.json` is written last: a directory that has one has everything else too. Raises `InputError`
+        where the directory is a run already or cannot be written.
+        """
+        config_path = directory / "config.json"
+        if config_path.exists():
+            raise InputError(f"{directory}: is a run already; choose another name or resume it")
+        try:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be made a run: {error.strerror or error}") from error
+        for name, content in (files or {}).items():
+            replace_file(directory / name, [content])
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        replace_file(config_path, [text.encode()])
+        return cls.open(directory)
+
+    @classmethod
+    def open(cls, directory: Path) -> "Run":
+        """The run at `directory`. Raises `InputError` where there is none or its `config.json` is damaged."""
+        config_path = directory / "config.json"
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such run directory; `intlm train` makes a run")
+        try:
+            config = json.loads(config_path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"{directory}: no config.json; `intlm train` makes a run") from None
+        except OSError as error:
+            raise InputError(f"{config_path}: cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{config_path}: damaged: not JSON") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{config_path}: damaged: not a JSON object")
+        return cls(directory, config)
+
+    @property
+    def name(self) -> str:
+        """The directory's last part."""
+        return self.directory.resolve().name
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file for `train.metrics.MetricsFile`."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def tensorboard_directory(self) -> Path:
+        """The directory for `train.tracking.Tracker`."""
+        return self.directory / "tensorboard"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after `step` training steps belongs."""
+        return self.directory / "checkpoints" / f"step-{step:08d}.safetensors"
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint files, oldest step first; empty where there are none."""
+        found = []
+        for path in (self.directory / "checkpoints").glob("step-*.safetensors"):
+            if match := CHECKPOINT_NAME.fullmatch(path.name):
+                found.append((int(match[1]), path))
+        return [path for _, path in sorted(found)]
+
+    def latest(self) -> Path | None:
+        """The checkpoint of the highest step, or None."""
+        paths = self.checkpoints()
+        return paths[-1] if paths else None
+
+    def prune(self, keep: int) -> None:
+        """Delete all checkpoints but the newest `keep`. The newest stays even where `keep` is less than 1."""
+        for path in self.checkpoints()[: -max(keep, 1)]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be removed: {error.strerror or error}") from error
+
+
+def resolve(name: str) -> Path:
+    """The run directory that `name` means: a name in `runs`, a run directory or one of its checkpoint files.
+
+    A name in `runs` comes first; write `./NAME` for a directory here. Raises `InputError`, with the nearest
+    names, where there is no such run.
+    """
+    for path in (RUNS / name, Path(name)):
+        if (path / "config.json").is_file():
+            return path
+    path = Path(name)
+    if path.is_file():
+        directory = path.absolute().parent.parent
+        if path.absolute().parent.name == "checkpoints" and (directory / "config.json").is_file():
+            return directory
+        raise InputError(
+            f"RUN: {name!r} is not a checkpoint of a run (runs/NAME/checkpoints/step-*.safetensors)"
+        )
+    for directory in (RUNS / name, path):
+        if name and directory.is_dir():
+            raise InputError(f"RUN: {str(directory)!r} has no config.json; `intlm train` makes a run")
+    names = [config.parent.name for config in RUNS.glob("*/config.json")]
+    if not names:
+        raise InputError(f"RUN: no run {name!r}, and no other in {RUNS}/; `intlm train` makes one")
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"{RUNS}/ has {len(names)}, {min(names)} for one"
+    raise InputError(f"RUN: no run {name!r}; {hint}")
+
+
+def find_checkpoint(name: str) -> tuple[Run, Path]:
+    """The run that `name` means (see `resolve`) and the checkpoint to take.
+
+    That is the checkpoint that `name` is, or else the run's newest. Raises `InputError` where there is none.
+    """
+    run = Run.open(resolve(name))
+    path = Path(name).absolute()
+    if path.is_file() and path.parent.parent == run.directory:
+        return run, path
+    latest = run.latest()
+    if latest is None:
+        raise InputError(f"RUN: {name!r} has no checkpoint yet; `intlm train` writes one")
+    return run, latest
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each key in which the run's configuration `old` and the command line's `new` differ.
+
+    Keys of nested dicts are joined by dots. Values are compared as JSON has them: a tuple is a list, but true
+    is not 1. Empty where the two agree.
+    """
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: run has {before.get(key, 'nothing')}, command line says {after.get(key, 'nothing')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every value in nested dicts that is no dict (or an empty one), as (dotted key, JSON)."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)

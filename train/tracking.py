@@ -1,0 +1,137 @@
+"""TensorBoard events: curves, samples of text and histograms of weights, beside the baselines."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from intlm.errors import InputError
+
+# Every curve whose tag starts so is drawn in one chart, to be compared with the baselines.
+BITS_PER_BYTE = "bits_per_byte/"
+FLUSH_SECONDS = 10
+
+INT8_VALUES = range(-128, 128)
+
+
+class Tracker:
+    """Writes TensorBoard events. `tensorboard --logdir runs` shows them; nothing here needs TensorBoard.
+
+    Tags are paths such as `bits_per_byte/held_out`; those under `bits_per_byte/` (`BITS_PER_BYTE`) appear
+    together in the chart "bits per byte" of the page Custom Scalars, and each in the page Time Series.
+    Events reach the disk every 10 seconds and on `close`, or at the end of a `with`. Every method raises
+    `InputError` where the file cannot be written.
+    """
+
+    def __init__(self, directory: Path, from_step: int) -> None:
+        """Write into `directory`, made if need be.
+
+        `from_step` is the step of the checkpoint to go on from: TensorBoard then hides what an earlier
+        process wrote for later steps. A new run passes -1.
+        """
+        # Slow to import, and only training needs it. Its SummaryWriter hands events to a thread, which a full
+        # disk kills, and then the process hangs at its end; its record writer reports the error here.
+        from tensorboardX import RecordWriter, summary
+        from tensorboardX.proto import event_pb2
+
+        self.directory = directory
+        self._summary: Any = summary
+        self._event: Any = event_pb2.Event
+        # Read in the order of names. The first step keeps a quick restart from overwriting the file.
+        path = directory / f"events.out.tfevents.{int(time.time()):010d}.{from_step + 1:08d}"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._records: Any = RecordWriter(str(path))
+        except OSError as error:
+            raise self._failed(error) from error
+        self._flushed = time.monotonic()
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        # The chart takes its curves by a regular expression, so it needs no list of the baselines.
+        layout = {"intlm": {"bits per byte": ["Multiline", [f"{BITS_PER_BYTE}.*"]]}}
+        self._write(0, file_version="brain.Event:2")
+        self._write(from_step + 1, session_log=start)
+        self._write(0, summary=summary.custom_scalars(layout))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One point at `step` for each curve: tag -> value (stored as 32-bit floats, for display only)."""
+        for tag, value in values.items():
+            self._write(step, summary=self._summary.scalar(tag, value))
+
+    def reference_lines(self, step: int, values: Mapping[str, float]) -> None:
+        """One point at `step` for each baseline: name -> bits per byte.
+
+        Called with the same values at every evaluation, this draws horizontal lines in the chart "bits per
+        byte", as long as the curves are.
+        """
+        self.scalars(step, {BITS_PER_BYTE + name: value for name, value in values.items()})
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Show `text` verbatim. What is no valid Unicode in it becomes question marks."""
+        # TensorBoard renders Markdown, in which indented lines are code.
+        lines = text.encode(errors="replace").decode().splitlines()
+        self._write(step, summary=self._summary.text(name, "\n".join(f"    {line}" for line in lines)))
+
+    def histogram(self, step: int, name: str, counts: np.ndarray) -> None:
+        """Show how often each int8 value occurs. `counts`: integers `[256]` for the values -128 to 127.
+
+        Nothing is written where all counts are 0. Raises `ValueError` for another shape.
+        """
+        if counts.shape != (256,):
+            raise ValueError(f"counts have the shape {counts.shape}; 256 int8 values are counted")
+        count_of = {value: int(count) for value, count in zip(INT8_VALUES, counts, strict=True) if count}
+        if not count_of:
+            return
+        # A bin reaches from the limit before it to its own, so each run of empty bins between two others is
+        # kept as one; without it the bin after it would be drawn across the gap.
+        limits: list[float] = []
+        bins: list[int] = []
+        for value, count in count_of.items():
+            if limits and limits[-1] != value - 0.5:
+                limits.append(value - 0.5)
+                bins.append(0)
+            limits.append(value + 0.5)
+            bins.append(count)
+        histogram = self._summary.histogram_raw(
+            name,
+            min=min(count_of) - 0.5,
+            max=max(count_of) + 0.5,
+            num=sum(count_of.values()),
+            sum=sum(value * count for value, count in count_of.items()),
+            sum_squares=sum(value * value * count for value, count in count_of.items()),
+            bucket_limits=limits,
+            bucket_counts=bins,
+        )
+        self._write(step, summary=histogram)
+
+    def close(self) -> None:
+        """Write out what is pending and close the file. A second call does nothing."""
+        try:
+            self._records.close()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> "Tracker":
+        """Return the tracker itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), step=step, **content)
+        try:
+            self._records.write(event.SerializeToString())
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._records.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> InputError:
+        return InputError(f"{self.directory}: cannot be written: {error.strerror or error}")
