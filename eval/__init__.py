@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Evaluation: bits per byte, baselines, sampling."""

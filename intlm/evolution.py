@@ -32,7 +32,7 @@ class EvolutionState:
 def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarray) -> EvolutionState:
     """The state before the first step. counts_V: how often each token occurs in the training text."""
     return EvolutionState(
-        model.initial_masters(model_config, config.seed),
+        model.initial_masters(model_config, noise.seed_key(config.seed)),
         model.head_bias(counts_V),
         model.initial_state(model_config, config.pairs),
         eggroll.first_scales(config, model_config),

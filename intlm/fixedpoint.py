@@ -147,9 +147,7 @@ def log2_sum_exp2(logits: Array) -> Array:
     fraction = (mantissa >> (exponent - LOG2_MANTISSA_BITS)) & ((1 << LOG2_MANTISSA_BITS) - 1)
     exponent = exponent + xp.where(large, 15, 0).astype(xp.int32) - EXP2_FRACTION_BITS
     return (
-        (exponent << SCORE_FRACTION_BITS)
-        + xp.asarray(log2_table())[fraction]
-        + xp.squeeze(maximum, axis=-1)
+        (exponent << SCORE_FRACTION_BITS) + xp.asarray(log2_table())[fraction] + xp.squeeze(maximum, axis=-1)
     )
 
 
@@ -167,7 +165,7 @@ def log_likelihood(logits: Array, targets: Array) -> Array:
 
 
 def _frozen(values: list[int], dtype: type) -> np.ndarray:
-    table = np.array(values, dtype)
+    table: np.ndarray = np.array(values, dtype)
     table.setflags(write=False)
     return table
 
@@ -311,7 +309,7 @@ def gaussian_table() -> np.ndarray:
     """
     bounds = [(normal_cdf(2 * k - 1, 32) + (1 << 47)) >> 48 for k in range(1, GAUSSIAN_LIMIT + 1)]
     upper = np.searchsorted(np.array(bounds, np.int64), np.arange(1 << 15, 1 << 16), side="right")
-    table = np.concatenate([-upper[::-1], upper]).astype(np.int8)
+    table: np.ndarray = np.concatenate([-upper[::-1], upper]).astype(np.int8)
     table.setflags(write=False)
     return table
 

@@ -5,6 +5,8 @@ over layers is a loop over that axis. Matrices are stored [outputs, inputs]: a m
 of both operands, which is the form that XLA and vector units like best.
 """
 
+import math
+
 import numpy as np
 
 from intlm import fixedpoint, noise
@@ -70,28 +72,29 @@ _DEVIATIONS = {
 """Standard deviations of the initial int8 weights at a width that is a power of 4."""
 
 
-def initial_masters(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+def initial_masters(config: ModelConfig, key: Array) -> dict[str, Array]:
     """Initial masters: int16, Q8 of an int8 weight step, from integer noise alone.
 
-    Matrices are nearly Gaussian; where the input width K is no power of 4 their deviation is multiplied by
-    2**(shift - 4) / sqrt(K), which makes the shift after the matmul exact. Norm weights are 1.0, biases 0.
+    key: uint32 [2], `noise.seed_key(seed)`. Matrices are nearly Gaussian; where the input width K is no power
+    of 4 their deviation is multiplied by 2**(shift - 4) / sqrt(K), which makes the shift after the matmul
+    exact. Norm weights are 1.0, biases 0.
     """
-    root = noise.fold(noise.seed_key(seed), INITIALISATION)
+    xp = fixedpoint.namespace(key)
+    root = noise.fold(key, xp.uint32(INITIALISATION))
     masters = {}
     for stream, (name, shape) in enumerate(shapes(config).items()):
         if name in _DEVIATIONS:
             deviation = _DEVIATIONS[name] << 8
             if name != "embedding":
                 shift = fixedpoint.matmul_shift(shape[-1])
-                root_width = int(fixedpoint.integer_sqrt(np.array(shape[-1] << 16, np.int64)))
-                deviation = (deviation << (shift - 4 + 8)) // root_width
-            rows = np.arange(int(np.prod(shape[:-1])))
+                deviation = (deviation << (shift - 4 + 8)) // math.isqrt(shape[-1] << 16)
+            rows = xp.arange(math.prod(shape[:-1]), dtype=xp.uint32)
             bell = noise.bell(noise.fold(root, stream), rows, shape[-1])
             value = fixedpoint.rounding_shift(bell * np.int32(deviation), 8).reshape(shape)
         else:
-            value = np.full(shape, 16 << 8 if name.startswith("norm") else 0, np.int32)
+            value = xp.full(shape, 16 << 8 if name.startswith("norm") else 0, xp.int32)
         limit = fixedpoint.MASTER_LIMIT
-        masters[name] = np.clip(value, -limit, limit).astype(np.int16)
+        masters[name] = xp.clip(value, -limit, limit).astype(xp.int16)
     return masters
 
 

@@ -37,8 +37,8 @@ def seed_key(seed: int) -> np.ndarray:
 def fold(key: Array, first: Array, second: Array = 0) -> Array:
     """A new key from a key and two numbers: uint32 [2]."""
     xp = namespace(key)
-    counter0 = xp.asarray(first).astype(xp.uint32).reshape(1)
-    counter1 = xp.asarray(second).astype(xp.uint32).reshape(1)
+    counter0 = xp.asarray(first, dtype=xp.uint32).reshape(1)
+    counter1 = xp.asarray(second, dtype=xp.uint32).reshape(1)
     return xp.concatenate(threefry(key, counter0, counter1))
 
 

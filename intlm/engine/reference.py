@@ -67,8 +67,8 @@ def token_step(
         hidden = activate(saturate(product("mlp_in", layer, v) >> shift), config.mlp)
         x = saturate(x + (saturate(product("mlp_out", layer, hidden) >> shift_wide)).astype(np.int32))
     y = norm("norm_output", 0, x)
-    logits = (matmul(y, parameters["head"]) + perturb("head", 0, y)) >> (shift - 4)
-    logits = logits + parameters["head_bias"]
+    head_sum: np.ndarray = matmul(y, parameters["head"]) + perturb("head", 0, y)
+    logits = (head_sum >> (shift - 4)) + parameters["head_bias"]
     return np.clip(logits, -fixedpoint.LOGIT_LIMIT, fixedpoint.LOGIT_LIMIT), after
 
 
@@ -205,7 +205,7 @@ def _weight_slice(
         return _SIGNS * total
 
     scores, state = _run(model, parameters, tokens_NxT1, state_NxLxD, lambda t: perturb)
-    difference = np.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=np.int32)
+    difference = np.asarray(np.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=np.int32))
     q = eggroll.fitness(config, difference, scales["difference"])
 
     seen = np.zeros((pairs, model.vocabulary), np.int32)
@@ -274,6 +274,8 @@ def _activation_slice(
     scores, state = _run(model, parameters, tokens_NxT1, state_NxLxD, perturb_at)
     credit = eggroll.credit(scores)
 
+    total = np.asarray(np.sum(credit, axis=0, dtype=np.int32))
+
     def rewards(horizon: int) -> np.ndarray:
         """R_t of every pair: int32 [T, N]."""
         reward = np.zeros((segment + 1, pairs), np.int32)
@@ -292,11 +294,11 @@ def _activation_slice(
             where = layer if layered else ()
             if name in eggroll.NORMS:
                 left = norms[name, layer]
-                accumulator = np.sum(credit, axis=0, dtype=np.int32)[:, None]
+                accumulator = total[:, None]
             else:
                 site = eggroll.SITE_OF[name]
                 left = directions[site, layer]
-                reward = rewards(eggroll.horizons(config, model, name)[where])
+                reward = rewards(int(eggroll.horizons(config, model, name)[where]))
                 signed_TxN = reward * signs[site, layer].T
                 if name == "embedding":
                     accumulator = np.zeros((pairs, model.vocabulary), np.int32)

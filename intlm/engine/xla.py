@@ -23,7 +23,16 @@ from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
 from intlm.fixedpoint import activate, gated, matmul_shift, normalize, saturate
-from intlm.model import LAYER, LAYER_BIASES, LAYER_MATRICES, LAYER_NORMS, SEPARATOR, TRAINED, Parameters, shapes
+from intlm.model import (
+    LAYER,
+    LAYER_BIASES,
+    LAYER_MATRICES,
+    LAYER_NORMS,
+    SEPARATOR,
+    TRAINED,
+    Parameters,
+    shapes,
+)
 
 CHUNK_BYTES = 4 << 20
 """What a chunk's largest intermediate should take: it has to stay in the cache."""
@@ -384,9 +393,7 @@ class XlaEngine:
         state = jnp.swapaxes(state_nxLxD, 0, 1)[:, None]
         state = jnp.broadcast_to(state, (state.shape[0], 2, *state.shape[2:]))
         tokens = inputs[:, None, :]
-        logits, state, recorded = _sequence(
-            self.model, parameters, tokens, state, perturbed, by_layer, noise
-        )
+        logits, state, recorded = _sequence(self.model, parameters, tokens, state, perturbed, by_layer, noise)
         scores = fixedpoint.log_likelihood(logits, jnp.broadcast_to(targets[:, None], logits.shape[:-1]))
         average = (state[:, 0].astype(jnp.int32) + state[:, 1]) >> 1
         outcome = {
@@ -460,9 +467,7 @@ class XlaEngine:
         _, made = lax.scan(layer_factors, None, layers)
         factors = {name: jnp.swapaxes(value, 0, 1) for name, value in made.items()}
         factors["norm_output"] = eggroll.quantize(total, scales["shift.norm_output"])
-        factors["head"] = factor(
-            signed("head", noise, which("head")), recorded["head"], scales["shift.head"]
-        )
+        factors["head"] = factor(signed("head", noise, which("head")), recorded["head"], scales["shift.head"])
         n = credit_Txn.shape[1]
         pair = jnp.broadcast_to(jnp.arange(n), inputs_Txn.shape)
         rows = jnp.zeros((n, self.model.vocabulary), jnp.int32)
@@ -514,9 +519,7 @@ class XlaEngine:
                 a = a * _seen(self.model, tokens_PxT1)[:, None, :]
             return _outer(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
-        layers = [
-            {name: x[:, layer] for name, x in noise[0].items()} for layer in range(self.model.layers)
-        ]
+        layers = [{name: x[:, layer] for name, x in noise[0].items()} for layer in range(self.model.layers)]
         votes: Votes = {}
         for name in TRAINED:
             made = jnp.stack([vote(name, tree) for tree in layers]) if name in LAYER else vote(name, noise[1])

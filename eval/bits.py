@@ -1,0 +1,74 @@
+"""Bits per byte of held-out text under the unperturbed model."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from intlm import fixedpoint
+from intlm.config import ModelConfig
+from intlm.engine.engine import Engine
+from intlm.model import Parameters, initial_state
+from tokenizer import Tokenizer
+
+LANES = 128
+SEGMENT = 128
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out text, laid out to be read once by many lanes side by side.
+
+    inputs_NxS, targets_NxS: int32; counted_NxS: bool, false for padding and for separators, which are no text.
+    Each lane starts in the middle of the stream from an empty state: that costs the model a little, never
+    flatters it. bytes: of raw text, in the counted targets.
+    """
+
+    inputs_NxS: np.ndarray
+    targets_NxS: np.ndarray
+    counted_NxS: np.ndarray
+    bytes: int
+
+    @classmethod
+    def from_stream(cls, stream_S: np.ndarray, tokenizer: Tokenizer, limit: int = 0) -> "HeldOut":
+        """Lay out a token stream (see `train.corpus.pack`), or its first `limit` tokens where that is not 0.
+
+        Every token but the first, which is a separator, is predicted exactly once.
+        """
+        stream = stream_S[: limit or None].astype(np.int32)
+        inputs, targets = stream[:-1], stream[1:]
+        lanes = max(1, min(LANES, len(inputs) // SEGMENT))
+        width = -(-len(inputs) // (lanes * SEGMENT)) * SEGMENT
+        padding = (0, lanes * width - len(inputs))
+        inputs, targets = np.pad(inputs, padding), np.pad(targets, padding)
+        counted = (targets != tokenizer.separator) & (np.arange(lanes * width) < len(stream) - 1)
+        byte_count = int(tokenizer.byte_lengths()[targets[counted]].sum())
+        shape = (lanes, width)
+        return cls(inputs.reshape(shape), targets.reshape(shape), counted.reshape(shape), byte_count)
+
+
+class Evaluator:
+    """Scores held-out text on an engine."""
+
+    def __init__(self, engine: Engine, model: ModelConfig, held_out: HeldOut):
+        self.engine, self.model, self.held_out = engine, model, held_out
+        self._score = engine.compile(fixedpoint.log_likelihood)
+
+    def score(self, parameters: Parameters) -> int:
+        """The log-likelihood of the counted targets, in 1/256 bit: an exact integer, 0 or negative."""
+        data, total = self.held_out, 0
+        state = initial_state(self.model, data.inputs_NxS.shape[0])
+        for start in range(0, data.inputs_NxS.shape[1], SEGMENT):
+            window = np.s_[:, start : start + SEGMENT]
+            logits, state = self.engine.forward(parameters, data.inputs_NxS[window], state)
+            scores = np.asarray(self._score(logits, data.targets_NxS[window]))
+            total += int(scores[data.counted_NxS[window]].sum(dtype=np.int64))
+        return total
+
+    def bits_per_byte(self, parameters: Parameters) -> float:
+        """Bits per byte of raw text, for people to read."""
+        return bits_per_byte(self.score(parameters), self.held_out.bytes)
+
+
+def bits_per_byte(score: int, byte_count: int) -> float:
+    """Bits per byte from a score in 1/256 bit, for people to read."""
+    return -score / (256 * max(1, byte_count))

@@ -1,0 +1,73 @@
+"""The evaluation of a run: bits per byte of held-out text, beside what simpler models make of it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eval.baselines import baselines
+from eval.bits import Evaluator, HeldOut
+from intlm.engine.engine import Engine
+from intlm.model import Parameters
+from tokenizer import Tokenizer
+from train import corpus
+from train.config import RunConfig
+from train.text import load_text
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Bits per byte of a run's model and of the baselines on the same text."""
+
+    run: str
+    step: int
+    member_tokens: int
+    text: str
+    bytes: int
+    bits_per_byte: float
+    baselines: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """For a terminal."""
+        names = {
+            "unigram": "unigram, counted on the training text",
+            "bigram": "bigram, counted on the training text",
+            "trigram": "trigram, counted on the training text",
+            "own_unigram": "unigram entropy of this text itself",
+            "own_bigram": "bigram entropy of this text itself",
+            "own_trigram": "trigram entropy of this text itself",
+            "gzip": "gzip -9 of this text alone",
+            "xz": "xz of this text alone",
+        }
+        rows = [(f"intlm {self.run}, step {self.step:,}", self.bits_per_byte)]
+        rows += [(label, self.baselines[name]) for name, label in names.items()]
+        width = max(len(label) for label, _ in rows)
+        head = f"{self.text}: {self.bytes:,} bytes; {self.member_tokens:,} member-tokens trained"
+        lines = [head, f"{'':{width}s}  bits per byte"]
+        return "\n".join(lines + [f"{label:{width}s}  {value:13.3f}" for label, value in rows])
+
+
+def evaluate(
+    run: str,
+    step: int,
+    config: RunConfig,
+    engine: Engine,
+    parameters: Parameters,
+    tokenizer: Tokenizer,
+    data: str | None = None,
+) -> Evaluation:
+    """Score the run's held-out text, or all documents of the corpus `data`. Raises InputError for bad text.
+
+    n-grams are counted on the run's training text.
+    """
+    text = load_text(config.text, tokenizer, config.eggroll.seed)
+    documents, name = text.held_out, config.text.held_out or f"held-out part of {config.text.data}"
+    if data is not None:
+        documents, name = list(corpus.open_corpus(data, config.text.text_field).documents()), data
+    held_out = HeldOut.from_stream(corpus.pack(documents, tokenizer), tokenizer)
+    bits = Evaluator(engine, config.model, held_out).bits_per_byte(parameters)
+    member_tokens = step * config.eggroll.population * config.eggroll.segment
+    figures = asdict(baselines(text.train, documents))
+    return Evaluation(run, step, member_tokens, name, int(figures.pop("bytes")), bits, figures)

@@ -1,0 +1,146 @@
+"""Sampling with integers: temperature, top-k, top-p and min-p on the model's logits."""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+import numpy as np
+
+from intlm import fixedpoint, noise
+from intlm.config import ModelConfig
+from intlm.engine.engine import Engine
+from intlm.errors import InputError
+from intlm.fixedpoint import Array, namespace
+from intlm.model import Parameters, initial_state
+
+SAMPLING = 0xFFFFFFFE
+"""The counter that sets sampling's noise apart from training's and initialisation's."""
+
+PROMPT_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn, in integers.
+
+    temperature: Q8 (256 is 1.0; 0 takes the likeliest token); top_k: 0 keeps all; top_p: Q16 share of the
+    probability to keep (65536 keeps all); min_p: Q16 share of the likeliest token's probability that a token
+    needs (0 keeps all); seed: of the random numbers.
+    """
+
+    temperature: int = 256
+    top_k: int = 0
+    top_p: int = 1 << 16
+    min_p: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for values out of range."""
+        for name, high, unit in (
+            ("temperature", 1 << 16, 256),
+            ("top_k", 1 << 16, 1),
+            ("top_p", 1 << 16, 1 << 16),
+            ("min_p", 1 << 16, 1 << 16),
+            ("seed", (1 << 64) - 1, 1),
+        ):
+            value = getattr(self, name)
+            if not 0 <= value <= high:
+                flag = "--" + name.replace("_", "-")
+                shown = value if unit == 1 else value / unit
+                raise InputError(f"{flag} {shown}: must be from 0 to {high // unit}")
+
+
+def fixed(text: str, fraction_bits: int, flag: str) -> int:
+    """A decimal number as written by a person, in fixed point, rounded down; exactly, without a float."""
+    try:
+        value = Decimal(text)
+        if not value.is_finite() or abs(value) > 1 << 20:
+            raise InvalidOperation
+    except InvalidOperation:
+        raise InputError(f"{flag} {text}: expected a number such as 0.8") from None
+    scaled = int(value * (1 << fraction_bits))
+    return scaled if value >= 0 or scaled else -1  # a small negative number stays negative
+
+
+def draw(config: SamplingConfig, logits_NxV: Array, random_N: Array) -> Array:
+    """A token for each row: int32 [N], from logits in 1/256 bit (int16 [N, V]) and uint32 random words [N].
+
+    Weights are 2**(logit / temperature), from the table of the softmax, relative to the likeliest token. Ties
+    are broken by token number. The weights' sum stays below 2**33 and is multiplied by 31 random bits.
+    """
+    xp = namespace(logits_NxV)
+    vocabulary = logits_NxV.shape[-1]
+    logits = logits_NxV.astype(xp.int32)
+    order = xp.argsort(-logits, axis=-1, stable=True)
+    if config.temperature == 0:
+        return order[:, 0].astype(xp.int32)
+    ordered = xp.take_along_axis(logits, order, axis=-1)
+    below = ((ordered[:, :1] - ordered) << 8) // config.temperature
+    # Fewer bits a weight for larger vocabularies, so that the sum fits.
+    bits = min(fixedpoint.EXP2_FRACTION_BITS, 32 - (vocabulary - 1).bit_length())
+    table = xp.asarray(fixedpoint.exp2_table())[below & 255].astype(xp.int64)
+    shift = xp.minimum(below >> 8, 40).astype(xp.int64) + (fixedpoint.EXP2_FRACTION_BITS - bits)
+    weights = fixedpoint.rounding_shift(table, shift)
+    keep = (xp.arange(vocabulary) < (config.top_k or vocabulary)) & (
+        (weights << 16) >= weights[:, :1] * config.min_p
+    )
+    weights = xp.where(keep, weights, 0)
+    sums = xp.cumsum(weights, axis=-1, dtype=xp.int64)
+    # A token is kept while those before it have not reached the share; the first one always is.
+    before = sums - weights
+    weights = xp.where((before == 0) | ((before << 16) < sums[:, -1:] * config.top_p), weights, 0)
+    sums = xp.cumsum(weights, axis=-1, dtype=xp.int64)
+    point = ((random_N >> xp.uint32(1)).astype(xp.int64) * sums[:, -1]) >> 31
+    index = xp.sum((sums <= point[:, None]).astype(xp.int32), axis=-1, dtype=xp.int32)
+    return xp.take_along_axis(order, index[:, None], axis=-1)[:, 0].astype(xp.int32)
+
+
+class Sampler:
+    """Draws tokens from a model on an engine. The same seed gives the same tokens on every engine."""
+
+    def __init__(self, engine: Engine, model: ModelConfig, parameters: Parameters, config: SamplingConfig):
+        self.engine, self.model, self.parameters, self.config = engine, model, parameters, config
+        self._draw = engine.compile(lambda logits, random: draw(config, logits, random))
+
+    def tokens(self, prompt_T: np.ndarray, count: int, length: int) -> Iterator[np.ndarray]:
+        """`length` times the next token of each of `count` samples: int32 [count].
+
+        prompt_T: integers, at least one. Sample i of several equals sample i of any other count.
+        """
+        prompt = np.asarray(prompt_T, np.int32)
+        state: Array = initial_state(self.model, 1)
+        logits: Array = None
+        # Whole blocks first, then token by token: two shapes in all, so that nothing else is compiled.
+        whole = len(prompt) - len(prompt) % PROMPT_BLOCK
+        pieces = [prompt[i : i + PROMPT_BLOCK] for i in range(0, whole, PROMPT_BLOCK)]
+        pieces += [prompt[i : i + 1] for i in range(whole, len(prompt))]
+        for piece in pieces:
+            logits, state = self.engine.forward(self.parameters, piece[None], state)
+        state = np.repeat(np.asarray(state), count, axis=0)
+        last = np.repeat(np.asarray(logits)[:, -1], count, axis=0)
+        key = noise.fold(noise.seed_key(self.config.seed), SAMPLING)
+        samples = np.arange(count)
+        for position in range(length):
+            if position % 64 == 0:
+                words = noise.words(noise.fold(key, position), samples, 64)
+            token = np.asarray(self._draw(last, words[:, position % 64]))
+            yield token
+            if position + 1 < length:
+                logits, state = self.engine.forward(self.parameters, token[:, None], state)
+                last = logits[:, 0]
+
+
+class Utf8Stream:
+    """Text from bytes that arrive a few at a time: whole characters only, what is not UTF-8 as U+FFFD."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, data: bytes) -> str:
+        """The characters that `data` completes."""
+        return self._decoder.decode(data)
+
+    def end(self) -> str:
+        """What is left: a broken character, or nothing."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,153 @@
+"""The configuration of a run: model, optimiser, text and length; presets; keys given as text."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from intlm.config import EggrollConfig, ModelConfig
+from intlm.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Where the text comes from."""
+
+    data: str = "stdlib"
+    """Corpus to train on: `stdlib`, or a file, directory or glob of text or JSON lines."""
+    held_out: str = ""
+    """Corpus to evaluate on; empty: about one document in 32 of `data`."""
+    text_field: str = "text"
+    """Field of a JSON line that holds the text."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides a run's bits, and its planned length."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    eggroll: EggrollConfig = field(default_factory=EggrollConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    minutes: str = ""
+    """Planned minutes, as given; `steps` was measured to fill them. Empty where steps were given."""
+    steps: int = 0
+    """Steps of the whole run; the step size falls to 0 over them."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested dictionaries that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> "RunConfig":
+        """The inverse of `as_dict`. Raises InputError, naming `source`, for unknown or mistyped keys."""
+        config = _build(cls, values, source, "")
+        assert isinstance(config, cls)
+        return config
+
+
+_SECTIONS: dict[str, type] = {"model": ModelConfig, "eggroll": EggrollConfig, "text": TextConfig}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 64, "layers": 1, "population": 64, "segment": 16},
+    "small": {},
+    "medium": {"width": 128, "layers": 4, "step_size": 128},
+    "paper": {
+        "width": 256,
+        "layers": 6,
+        "mlp": "identity",
+        "estimator": "weight",
+        "noise": "gaussian",
+        "fitness": "sign",
+        "update": "threshold",
+        "segment": 100,
+    },
+}
+"""Differences from the defaults. `tiny`: seconds, for trying things out; `small`: the default; `medium`: a
+laptop for an evening; `paper`: the size and the algorithm of arXiv 2511.16652."""
+
+
+def _keys() -> dict[str, tuple[str, Any]]:
+    """Section and default of every key of model and eggroll that a person may set."""
+    return {
+        item.name: (section, item.default)
+        for section in ("model", "eggroll")
+        for item in dataclasses.fields(_SECTIONS[section])
+        if item.name != "vocabulary"
+    }
+
+
+def resolve_config(preset: str, settings: Iterable[str], text: TextConfig, vocabulary: int) -> RunConfig:
+    """The configuration of a preset with `key=value` settings on top; steps and minutes are left open.
+
+    Raises InputError for an unknown preset or key (with the nearest), and for values that do not fit.
+    """
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    keys = _keys()
+    values: dict[str, dict[str, Any]] = {"model": {"vocabulary": vocabulary}, "eggroll": {}}
+    for name, value in PRESETS[preset].items():
+        values[keys[name][0]][name] = value
+    for setting in settings:
+        name, equals, raw = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: expected key=value")
+        if name not in keys:
+            raise unknown("--set", name, keys)
+        section, default = keys[name]
+        if isinstance(default, int):
+            try:
+                values[section][name] = int(raw)
+            except ValueError:
+                raise InputError(f"--set {setting}: {name} takes an integer") from None
+        else:
+            values[section][name] = raw
+    return RunConfig(ModelConfig(**values["model"]), EggrollConfig(**values["eggroll"]), text)
+
+
+def describe_keys() -> str:
+    """One line for every key of --set: its default and what it is, for --help."""
+    lines = []
+    for section in ("model", "eggroll"):
+        documents = _attribute_docstrings(_SECTIONS[section])
+        for name, (owner, default) in _keys().items():
+            if owner == section:
+                lines.append(f"  {name + '=' + str(default):24s} {documents[name]}")
+    return "\n".join(lines)
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for statement, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            found[statement.target.id] = " ".join(str(after.value.value).replace("`", "").split())
+    return found
+
+
+def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
+    """A dataclass from a dictionary, strictly: every key known, none missing, each of the right type."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{source}: {prefix or 'the configuration'} must be an object of keys and values")
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise unknown(f"{source}: key {prefix}", name, fields)
+    made = {}
+    for name, item in fields.items():
+        if name not in values:
+            raise InputError(f"{source}: key {prefix}{name} is missing")
+        value = values[name]
+        if name in _SECTIONS and not prefix:
+            made[name] = _build(_SECTIONS[name], value, source, f"{name}.")
+        elif type(value) is not item.type:
+            wanted = getattr(item.type, "__name__", item.type)
+            raise InputError(f"{source}: key {prefix}{name}={value!r} must be of type {wanted}")
+        else:
+            made[name] = value
+    return cls(**made)

@@ -1,0 +1,291 @@
+"""A training job: everything that the loop needs, from what a person asked for."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.baselines import baselines
+from eval.bits import Evaluator
+from intlm import checkpoint, model
+from intlm.checkpoint import Checkpoint
+from intlm.engine.engine import Engine, make_engine
+from intlm.errors import InputError
+from intlm.evolution import Evolution, EvolutionState, initial
+from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from train.config import RunConfig, TextConfig, resolve_config
+from train.lanes import Lanes
+from train.run import RUNS, Run, differences
+from train.text import Text, evaluated, load_text
+
+DEFAULT_PRESET = "small"
+DEFAULT_MINUTES = "5"
+CALIBRATION_SECONDS = 3
+EVALUATIONS = 20
+"""Evaluations and checkpoints in a run, where nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked of `intlm train`; None and empty where nothing was said."""
+
+    preset: str | None = None
+    run: str | None = None
+    data: str | None = None
+    held_out: str | None = None
+    text_field: str | None = None
+    steps: int | None = None
+    minutes: str | None = None
+    engine: str = "auto"
+    chunk: int = 0
+    settings: tuple[str, ...] = ()
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        """Raise InputError for counts out of range and for steps and minutes at once."""
+        if self.steps is not None and self.minutes is not None:
+            raise InputError("--steps and --minutes: give one of the two")
+        if self.steps is not None and not 1 <= self.steps < 1 << 31:
+            raise InputError(f"--steps {self.steps}: must be from 1 to {(1 << 31) - 1}")
+        if self.minutes is not None:
+            _minutes(self.minutes)
+        for name in ("chunk", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        if self.keep < 1:
+            raise InputError(f"--keep {self.keep}: must be 1 or more")
+
+    @property
+    def directory(self) -> Path:
+        """The run directory: a name below `runs`, or a path as it is."""
+        name = self.run or self.preset or DEFAULT_PRESET
+        return Path(name) if "/" in name else RUNS / name
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything was said that decides the run's bits."""
+        said = (self.preset, self.data, self.held_out, self.text_field, self.steps, self.minutes)
+        return bool(self.settings) or any(value is not None for value in said)
+
+
+@dataclass
+class Job:
+    """A run ready to go on. `state` and `lanes` are where it stands."""
+
+    request: Request
+    run: Run
+    config: RunConfig
+    tokenizer: Tokenizer
+    text: Text
+    engine: Engine
+    evolution: Evolution
+    evaluator: Evaluator
+    lanes: Lanes
+    state: EvolutionState
+    baselines: dict[str, float]
+    resumed: bool
+
+    def every(self, asked: int) -> int:
+        """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
+        return asked or max(1, self.config.steps // EVALUATIONS)
+
+    def save(self, state: EvolutionState) -> Path:
+        """Write a checkpoint of `state`, which the lanes stand behind, and drop old ones."""
+        arrays = {f"master.{name}": np.asarray(value) for name, value in state.masters.items()}
+        arrays |= {f"scale.{name}": np.asarray(value) for name, value in state.scales.items()}
+        arrays |= {
+            "head_bias": np.asarray(state.head_bias),
+            "recurrent": np.asarray(state.recurrent),
+        }
+        meta = {
+            "config": self.config.as_dict(),
+            "step": state.step,
+            "position": self.lanes.position,
+            "tokenizer": self.tokenizer.digest,
+            "corpus": self.text.digest,
+        }
+        path = self.run.checkpoint_path(state.step)
+        checkpoint.write(path, Checkpoint(arrays, meta))
+        self.run.prune(self.request.keep)
+        return path
+
+
+def prepare(request: Request, say: Any) -> Job:
+    """Open the run that `request` names and restore it, or make it. `say` tells a person a line.
+
+    Raises InputError; a run on disk is then as it was.
+    """
+    directory = request.directory
+    exists = (directory / "config.json").exists()
+    if not exists and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"--run {directory}: exists and is no run (no config.json); choose another name")
+    run = Run.open(directory) if exists else None
+    tokenizer = load_tokenizer(directory) if run else ByteTokenizer()
+    config = _configuration(request, run, tokenizer)
+    text = load_text(config.text, tokenizer, config.eggroll.seed)
+    engine = make_engine(request.engine, config.model, config.eggroll, request.chunk)
+    evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
+    lanes = Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment)
+    counts = np.bincount(text.train_S, minlength=tokenizer.vocabulary)
+    state = initial(config.model, config.eggroll, counts)
+    if not config.steps:
+        config = dataclasses.replace(
+            config, steps=_plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
+        )
+        lanes = Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment)
+    if run:
+        figures = _read_baselines(directory / "baselines.json")
+    else:
+        figures = dataclasses.asdict(baselines(text.train, text.held_out))
+        tokenizer.save(directory)
+        files = {"baselines.json": (json.dumps(figures, indent=2) + "\n").encode()}
+        run = Run.create(directory, config.as_dict(), files)
+    resumed = False
+    if latest := run.latest():
+        state, position = restore(latest, config, tokenizer, state)
+        meta = checkpoint.read(latest).meta
+        if meta["corpus"] != text.digest:
+            raise InputError(
+                f"--data {config.text.data}: the text has changed since {latest} was written; "
+                "restore it, or start another run with --run"
+            )
+        lanes = Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment, position)
+        resumed = True
+    evolution = Evolution(engine, config.model, config.eggroll, config.steps)
+    return Job(
+        request, run, config, tokenizer, text, engine, evolution, evaluator, lanes, state, figures, resumed
+    )
+
+
+def restore(
+    path: Path, config: RunConfig, tokenizer: Tokenizer, like: EvolutionState
+) -> tuple[EvolutionState, int]:
+    """The state in a checkpoint, and the position of its lanes. `like`: a state of the same configuration.
+
+    Raises InputError, naming the file, where it is damaged, or of another configuration or tokenizer.
+    """
+    saved = checkpoint.read(path)
+    meta = saved.meta
+    if meta.get("tokenizer") != tokenizer.digest:
+        raise InputError(f"{path}: was written with another tokenizer than the run's ({tokenizer.name})")
+    if changed := differences(meta.get("config", {}), config.as_dict()):
+        raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
+    wanted = {f"master.{name}": (value.shape, value.dtype) for name, value in like.masters.items()}
+    wanted |= {f"scale.{name}": (value.shape, value.dtype) for name, value in like.scales.items()}
+    for name in ("head_bias", "recurrent"):
+        wanted[name] = (getattr(like, name).shape, getattr(like, name).dtype)
+    checkpoint.expect(saved, wanted, path)
+    for name in ("step", "position"):
+        if type(meta.get(name)) is not int or meta[name] < 0:
+            raise InputError(f"{path}: its {name}, {meta.get(name)!r}, is no count")
+    arrays = saved.arrays
+    state = EvolutionState(
+        {name: arrays[f"master.{name}"] for name in like.masters},
+        arrays["head_bias"],
+        arrays["recurrent"],
+        {name: arrays[f"scale.{name}"] for name in like.scales},
+        meta["step"],
+    )
+    return state, meta["position"]
+
+
+def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, int]:
+    """Configuration, tokenizer, int8 weights and step of a checkpoint, for evaluation and sampling."""
+    config = RunConfig.from_dict(run.config, str(run.directory / "config.json"))
+    tokenizer = load_tokenizer(run.directory)
+    like = initial(config.model, config.eggroll, np.zeros(config.model.vocabulary, np.int64))
+    state, _ = restore(path, config, tokenizer, like)
+    return config, tokenizer, model.parameters(state.masters, state.head_bias), state.step
+
+
+def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer) -> RunConfig:
+    """The run's own configuration, checked against what was asked; or a new one."""
+    kept = RunConfig.from_dict(run.config, str(run.directory / "config.json")) if run else None
+    if kept and not request.decides:
+        return kept
+    text = TextConfig(
+        **{
+            name: value
+            for name in ("data", "held_out", "text_field")
+            if (value := getattr(request, name)) is not None
+        }
+    )
+    preset = request.preset or DEFAULT_PRESET
+    config = resolve_config(preset, request.settings, text, tokenizer.vocabulary)
+    if request.steps is not None:
+        config = dataclasses.replace(config, steps=request.steps)
+    else:
+        config = dataclasses.replace(config, minutes=request.minutes or DEFAULT_MINUTES)
+    if not kept:
+        return config
+    # The steps that minutes came to were measured once, and so were a run's length where none is asked for.
+    if request.minutes is not None:
+        config = dataclasses.replace(config, steps=kept.steps)
+    elif request.steps is None:
+        config = dataclasses.replace(config, steps=kept.steps, minutes=kept.minutes)
+    if changed := differences(kept.as_dict(), config.as_dict()):
+        assert run is not None
+        raise InputError(
+            f"{run.directory}: the run has another configuration: {'; '.join(changed)} "
+            "(leave the flags out to resume it, or name a new run with --run)"
+        )
+    return kept
+
+
+def _minutes(text: str) -> Decimal:
+    try:
+        value = Decimal(text)
+        if value.is_finite() and 0 < value <= 100_000:
+            return value
+    except InvalidOperation:
+        pass
+    raise InputError(f"--minutes {text}: must be a number above 0, up to 100000")
+
+
+def _plan_steps(
+    config: RunConfig,
+    engine: Engine,
+    evaluator: Evaluator,
+    state: EvolutionState,
+    tokens: np.ndarray,
+    say: Any,
+) -> int:
+    """How many steps fill the minutes that were asked for, measured on this machine.
+
+    This is the one place where a clock decides anything; the answer goes into the configuration, and the run
+    is as repeatable as one with --steps.
+    """
+    evolution = Evolution(engine, config.model, config.eggroll, 1 << 20)
+    begun = time.perf_counter()
+    after, _ = evolution.step(state, tokens)  # compiles
+    parameters = evolution.parameters(after.masters, after.head_bias)
+    evaluator.score(parameters)
+    started = time.perf_counter()
+    evaluator.score(parameters)
+    evaluation = time.perf_counter() - started
+    steps, started = 0, time.perf_counter()
+    while steps < 3 or time.perf_counter() - started < CALIBRATION_SECONDS:
+        after, statistics = evolution.step(after, tokens)
+        np.asarray(statistics["score"])
+        steps += 1
+    step = (time.perf_counter() - started) / steps
+    left = float(_minutes(config.minutes)) * 60 - (time.perf_counter() - begun) - evaluation * EVALUATIONS
+    planned = max(1, int(left / step))
+    rate = config.eggroll.population * config.eggroll.segment / step
+    say(f"{config.minutes} minutes are about {planned} steps here ({rate:,.0f} member-tokens/s)")
+    return planned
+
+
+def _read_baselines(path: Path) -> dict[str, float]:
+    """The baselines stored with the run; they are for people, so that a missing file is no error."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,59 @@
+"""The training loop."""
+
+import signal
+from types import FrameType
+
+from intlm.evolution import EvolutionState
+from train.job import Job
+from train.report import Report
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag that the loop looks at after each step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        """Take the signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
+    """Step the job to its end, or until a stop is requested; a checkpoint is written either way.
+
+    The statistics of a step are read while the next one runs.
+    """
+    state, steps = job.state, job.config.steps
+    evaluate_every = job.every(job.request.evaluate_every)
+    checkpoint_every = job.every(job.request.checkpoint_every)
+    pending = None
+    if state.step == 0:
+        report.evaluate(job, state)
+    while state.step < steps and not stop.requested:
+        state, statistics = job.evolution.step(state, job.lanes.next_segment())
+        if pending:
+            report.step(job, *pending)
+        pending = (state.step, statistics)
+        if state.step % evaluate_every == 0 or state.step == steps:
+            report.step(job, *pending)
+            pending = None
+            report.evaluate(job, state)
+        if state.step % checkpoint_every == 0 or state.step == steps:
+            job.save(state)
+    if pending:
+        report.step(job, *pending)
+    if stop.requested and state.step < steps:
+        job.save(state)
+    return state

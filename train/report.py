@@ -1,0 +1,152 @@
+"""What a run tells people: the progress line, samples, metrics.jsonl and TensorBoard."""
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.activity import activity
+from eval.bits import bits_per_byte
+from eval.sampling import Sampler, SamplingConfig, Utf8Stream
+from intlm.eggroll import Statistics
+from intlm.evolution import EvolutionState
+from intlm.model import Parameters
+from train.job import Job
+from train.metrics import MetricsFile
+from train.tracking import BITS_PER_BYTE, Tracker
+
+LOG_SECONDS = 2.0
+"""Metrics are written this often at most, and with each evaluation."""
+SAMPLE_TOKENS = 240
+SAMPLE_EVERY = 4
+"""Evaluations between two samples."""
+CONTEXT_TOKENS = 16
+CONTEXT_LANES = 4
+"""How much held-out text the histograms of activations are taken from."""
+
+
+class Report:
+    """Writes what happens. On a terminal it shows a progress line and samples; elsewhere it keeps quiet."""
+
+    def __init__(self, job: Job, quiet: bool = False):
+        """Open the metrics file and the events of `job`'s run, and drop what later steps left there."""
+        came_from = job.state.step if job.resumed else -1
+        self.metrics = MetricsFile.open(job.run.metrics_path, came_from)
+        self.tracker = Tracker(job.run.tensorboard_directory, came_from)
+        self.terminal = sys.stderr.isatty() and not quiet
+        self.progress = tqdm(
+            total=job.config.steps,
+            initial=job.state.step,
+            unit="step",
+            disable=not self.terminal,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        self.held_out: float | None = None
+        self._evaluations = 0
+        self._clear()
+
+    def __enter__(self) -> "Report":
+        """Return the report itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the progress line and the files."""
+        self.progress.close()
+        self.metrics.close()
+        self.tracker.close()
+
+    def _clear(self) -> None:
+        self._score = self._steps = self._ties = self._saturated = 0
+        self._since = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        """A line above the progress line; nothing where there is no terminal."""
+        if self.terminal:
+            self.progress.write(line, file=sys.stderr)
+
+    def step(self, job: Job, step: int, statistics: Statistics) -> None:
+        """Take in a step's statistics, and log now and then. Reading them waits for the step."""
+        self._score += int(statistics["score"])
+        self._ties += int(statistics["ties"])
+        self._saturated += int(statistics["saturated"])
+        self._steps += 1
+        self.progress.update(1)
+        if time.perf_counter() - self._since >= LOG_SECONDS:
+            self._log(job, step)
+
+    def _log(self, job: Job, step: int) -> None:
+        config = job.config.eggroll
+        tokens = self._steps * config.population * config.segment
+        if not tokens:
+            return
+        pairs = self._steps * config.pairs
+        comparisons = pairs * (config.segment if config.estimator == "activation" else 1)
+        train = bits_per_byte(self._score, 1) / (tokens * job.text.bytes_per_token)
+        rate = tokens / max(1e-9, time.perf_counter() - self._since)
+        values = {
+            "member_tokens": step * config.population * config.segment,
+            "train_bits_per_byte": train,
+            "member_tokens_per_second": rate,
+            "ties": self._ties / comparisons,
+        }
+        self.metrics.append(step, **values)
+        self.tracker.scalars(
+            step,
+            {
+                f"{BITS_PER_BYTE}train": train,
+                "speed/member_tokens_per_second": rate,
+                "fitness/ties": values["ties"],
+                "fitness/saturated_factors_per_pair": self._saturated / pairs,
+            },
+        )
+        shown = {"train": f"{train:.3f}", "held-out": f"{self.held_out:.3f}" if self.held_out else "-"}
+        self.progress.set_postfix_str(f"{rate:,.0f} member-tokens/s, bits/byte {_join(shown)}")
+        self._clear()
+
+    def evaluate(self, job: Job, state: EvolutionState) -> None:
+        """Score held-out text, look at weights and activations, and now and then write a sample."""
+        self._log(job, state.step)
+        parameters = job.evolution.parameters(state.masters, state.head_bias)
+        self.held_out = job.evaluator.bits_per_byte(parameters)
+        self.metrics.append(state.step, held_out_bits_per_byte=self.held_out)
+        self.tracker.scalars(state.step, {f"{BITS_PER_BYTE}held_out": self.held_out})
+        lines = {name: value for name, value in job.baselines.items() if name != "bytes"}
+        self.tracker.reference_lines(state.step, lines)
+        self._histograms(job, state.step, parameters)
+        if self._evaluations % SAMPLE_EVERY == 0 or state.step == job.config.steps:
+            text = sample_text(job, parameters)
+            self.tracker.text(state.step, "sample", text)
+            self.say(f"step {state.step}: {self.held_out:.3f} bits per byte held out; a sample:\n{text}\n")
+        self._evaluations += 1
+        self._since = time.perf_counter()
+
+    def _histograms(self, job: Job, step: int, parameters: Parameters) -> None:
+        weights = {name: np.asarray(value) for name, value in parameters.items() if name != "head_bias"}
+        seen = activity(
+            job.config.model,
+            {name: np.asarray(value) for name, value in parameters.items()},
+            job.evaluator.held_out.inputs_NxS[:CONTEXT_LANES, :CONTEXT_TOKENS],
+        )
+        saturation: dict[str, float] = {}
+        for group, arrays in (("weights", weights), ("activations", seen)):
+            for name, values in arrays.items():
+                counts = np.bincount(values.reshape(-1).astype(np.int64) + 128, minlength=256)
+                self.tracker.histogram(step, f"{group}/{name}", counts)
+                saturation[f"saturation_{group}/{name}"] = float(counts[1] + counts[255]) / values.size
+        self.tracker.scalars(step, saturation)
+
+
+def sample_text(job: Job, parameters: Parameters) -> str:
+    """A sample from the model, the same random numbers every time, so that samples can be compared."""
+    sampler = Sampler(job.engine, job.config.model, parameters, SamplingConfig(temperature=205))
+    prompt = np.array([job.tokenizer.separator])
+    tokens = [int(token[0]) for token in sampler.tokens(prompt, 1, SAMPLE_TOKENS)]
+    stream = Utf8Stream()
+    return stream.feed(job.tokenizer.decode(tokens)) + stream.end()
+
+
+def _join(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
