@@ -80,7 +80,7 @@ class EggrollConfig:
     """First step size in 1/256 of an int8 weight step, for a vote of one standard deviation."""
     step_head: int = 2
     """The head's step size, as a multiple of `step_size`."""
-    step_embedding: int = 1
+    step_embedding: int = 3
     """The embedding's step size, as a multiple of `step_size`."""
     step_norm: int = 1
     """The norm weights' step size, as a multiple of `step_size`."""
@@ -94,13 +94,13 @@ class EggrollConfig:
     """Perturbation of a weight: 2**this int8 steps (estimator `weight`)."""
     sigma_norm: int = 0
     """Perturbation of a norm weight or a bias: 2**this int8 steps."""
-    sigma_embedding: int = 1
+    sigma_embedding: int = 0
     """Perturbation of the embedding's output: 2**this int8 steps (estimator `activation`)."""
-    sigma_gate: int = 3
+    sigma_gate: int = 4
     """Perturbation of the gate's sum: 2**this steps of the gate."""
-    sigma_candidate: int = 2
+    sigma_candidate: int = 3
     """Perturbation of the candidate's sum: 2**this steps of the candidate."""
-    sigma_mlp: int = 1
+    sigma_mlp: int = 2
     """Perturbation of the MLP's hidden and output sums: 2**this steps of their int8 outputs."""
     sigma_head: int = 1
     """Perturbation of the logits: 2**this steps of 1/16 bit."""

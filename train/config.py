@@ -63,10 +63,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fitness": "sign",
         "update": "threshold",
         "segment": 100,
+        "alpha": 13107,
     },
 }
 """Differences from the defaults. `tiny`: seconds, for trying things out; `small`: the default; `medium`: a
 laptop for an evening; `paper`: the size and the algorithm of arXiv 2511.16652."""
+
+
+WEIGHT_DEFAULTS = {"segment": 16, "step_size": 90, "step_embedding": 4}
+"""Defaults that differ under `estimator=weight`, whose signal is spread over all weights of a segment."""
 
 
 def _keys() -> dict[str, tuple[str, Any]]:
@@ -87,23 +92,24 @@ def resolve_config(preset: str, settings: Iterable[str], text: TextConfig, vocab
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     keys = _keys()
-    values: dict[str, dict[str, Any]] = {"model": {"vocabulary": vocabulary}, "eggroll": {}}
-    for name, value in PRESETS[preset].items():
-        values[keys[name][0]][name] = value
+    chosen = dict(PRESETS[preset])
     for setting in settings:
         name, equals, raw = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: expected key=value")
         if name not in keys:
             raise unknown("--set", name, keys)
-        section, default = keys[name]
-        if isinstance(default, int):
+        chosen[name] = raw
+        if isinstance(keys[name][1], int):
             try:
-                values[section][name] = int(raw)
+                chosen[name] = int(raw)
             except ValueError:
                 raise InputError(f"--set {setting}: {name} takes an integer") from None
-        else:
-            values[section][name] = raw
+    if chosen.get("estimator") == "weight":
+        chosen = WEIGHT_DEFAULTS | chosen
+    values: dict[str, dict[str, Any]] = {"model": {"vocabulary": vocabulary}, "eggroll": {}}
+    for name, value in chosen.items():
+        values[keys[name][0]][name] = value
     return RunConfig(ModelConfig(**values["model"]), EggrollConfig(**values["eggroll"]), text)
 
 
