@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fitness": "sign",
         "update": "threshold",
         "segment": 100,
-        "alpha": 13107,
+        "alpha": 26214,
     },
 }
 """Differences from the defaults. `tiny`: seconds, for trying things out; `small`: the default; `medium`: a
@@ -113,14 +113,16 @@ def resolve_config(preset: str, settings: Iterable[str], text: TextConfig, vocab
     return RunConfig(ModelConfig(**values["model"]), EggrollConfig(**values["eggroll"]), text)
 
 
-def describe_keys() -> str:
-    """One line for every key of --set: its default and what it is, for --help."""
+def describe_keys(width: int = 100) -> str:
+    """Every key of --set, its default and what it is, for --help, in lines of at most `width` characters."""
     lines = []
+    indent = " " * 27
     for section in ("model", "eggroll"):
         documents = _attribute_docstrings(_SECTIONS[section])
         for name, (owner, default) in _keys().items():
             if owner == section:
-                lines.append(f"  {name + '=' + str(default):24s} {documents[name]}")
+                line = f"  {name + '=' + str(default):24s} {documents[name]}"
+                lines += textwrap.wrap(line, max(width, 60), subsequent_indent=indent)
     return "\n".join(lines)
 
 
@@ -139,11 +141,13 @@ def _attribute_docstrings(cls: type) -> dict[str, str]:
 def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
     """A dataclass from a dictionary, strictly: every key known, none missing, each of the right type."""
     if not isinstance(values, Mapping):
-        raise InputError(f"{source}: {prefix or 'the configuration'} must be an object of keys and values")
+        what = prefix.rstrip(".") or "the configuration"
+        raise InputError(f"{source}: {what} must be an object of keys and values")
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            raise unknown(f"{source}: key {prefix}", name, fields)
+            section = f" of {prefix.rstrip('.')}" if prefix else ""
+            raise unknown(f"{source}: key{section}", name, fields)
     made = {}
     for name, item in fields.items():
         if name not in values:
@@ -156,4 +160,7 @@ def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
             raise InputError(f"{source}: key {prefix}{name}={value!r} must be of type {wanted}")
         else:
             made[name] = value
-    return cls(**made)
+    try:
+        return cls(**made)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error

@@ -45,7 +45,7 @@ class Engine(Protocol):
         ...
 
 
-ENGINES = {"reference": "ReferenceEngine", "xla": "XlaEngine"}
+ENGINES = {"reference": "ReferenceEngine", "xla": "XlaEngine", "native": "NativeEngine"}
 
 
 def make_engine(name: str, model: ModelConfig, eggroll: EggrollConfig, chunk: int = 0) -> Engine:
@@ -55,7 +55,9 @@ def make_engine(name: str, model: ModelConfig, eggroll: EggrollConfig, chunk: in
     Raises InputError for a name that is unknown.
     """
     if name == "auto":
-        name = "xla"
+        from intlm.engine.native import is_fast
+
+        name = "native" if is_fast() else "xla"
     if name not in ENGINES:
         raise unknown("--engine", name, ["auto", *ENGINES])
     module = importlib.import_module(f"intlm.engine.{name}")

@@ -280,6 +280,17 @@ def _sequence(
     return logits.astype(jnp.int16), state, recorded | perturbed.record(head=y)
 
 
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` traced and compiled by XLA, with 64-bit integers for the exact sums."""
+    compiled = jax.jit(function)
+
+    def call(*arguments: Any) -> Any:
+        with jax.enable_x64(True):
+            return compiled(*arguments)
+
+    return call
+
+
 class XlaEngine:
     """JAX on the default device."""
 
@@ -295,14 +306,8 @@ class XlaEngine:
         self._forward = self.compile(self._forward_all)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` traced and compiled, with 64-bit integers for the exact sums."""
-        compiled = jax.jit(function)
-
-        def call(*arguments: Any) -> Any:
-            with jax.enable_x64(True):
-                return compiled(*arguments)
-
-        return call
+        """`function` traced and compiled."""
+        return jit(function)
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""

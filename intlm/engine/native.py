@@ -1,0 +1,271 @@
+"""The native engine: a fused evaluator in C++ for CPUs, with the instruction set chosen at run time.
+
+The library is compiled when the package is installed, where there is a C++ compiler, and loaded through ctypes.
+It evaluates the population, votes and the plain model; the update runs where `compile` puts it, on XLA.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intlm import eggroll, fixedpoint
+from intlm.config import EggrollConfig, ModelConfig, check_bounds
+from intlm.eggroll import Scales, Statistics, Votes
+from intlm.engine.xla import jit
+from intlm.errors import InputError, unknown
+from intlm.model import LAYER, TRAINED, Parameters
+
+ISAS = {"scalar": 1, "avx2": 2, "avx512": 4}
+"""Instruction sets, slowest first, with their bits in `intlm_isas`."""
+
+SLICE_PAIRS = 4096
+"""Pairs evaluated in one call; a larger population takes several, and its memory stays flat."""
+
+_PLAIN, _ACTIVATION, _WEIGHT = range(3)
+_POINTER = ctypes.c_void_p
+_COUNTS = ("score", "difference", "ties", "saturated", "seen")
+
+
+class _ModelJob(ctypes.Structure):
+    _fields_ = (
+        *[(name, ctypes.c_int32) for name in ("width", "layers", "vocabulary")],
+        ("kind", ctypes.c_int32 * 3),
+        ("activation", _POINTER * 3),
+        *[(name, _POINTER) for name in ("exp2", "log2", "reciprocal", "gaussian")],
+        ("parameter", _POINTER * len(TRAINED)),
+        ("head_bias", _POINTER),
+    )
+
+
+class _StepJob(ctypes.Structure):
+    _fields_ = (
+        *[(name, ctypes.c_int32) for name in ("estimator", "rows", "tokens", "rank", "gaussian_noise")],
+        *[(name, ctypes.c_int32) for name in ("sign_fitness", "sigma_weight", "sigma_norm")],
+        *[(name, ctypes.c_int32) for name in ("mean_difference", "threads")],
+        ("site_shift", ctypes.c_int32 * len(eggroll.SITES)),
+        ("first_pair", ctypes.c_uint32),
+        ("key", ctypes.c_uint32 * 2),
+        *[(name, _POINTER) for name in ("horizon", "shift", "text", "state", "state_after")],
+        ("votes", _POINTER * len(TRAINED)),
+        *[(name, _POINTER) for name in ("square", "counts", "logits")],
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None where the package was installed without one."""
+    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        return None
+    loaded = ctypes.CDLL(str(found[0]))
+    if loaded.intlm_layout() != ctypes.sizeof(_ModelJob) * 65536 + ctypes.sizeof(_StepJob):
+        raise InputError(f"{found[0]}: was built from another version of intlm; install the package again")
+    for isa, bit in ISAS.items():
+        if not loaded.intlm_isas() & bit:
+            continue
+        getattr(loaded, f"intlm_model_{isa}").restype = _POINTER
+        getattr(loaded, f"intlm_model_{isa}").argtypes = (ctypes.POINTER(_ModelJob),)
+        getattr(loaded, f"intlm_free_{isa}").argtypes = (_POINTER,)
+        getattr(loaded, f"intlm_run_{isa}").argtypes = (_POINTER, ctypes.POINTER(_StepJob))
+    return loaded
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this processor and this build have, slowest first; empty without a library."""
+    found = library()
+    return [] if found is None else [name for name, bit in ISAS.items() if found.intlm_isas() & bit]
+
+
+def choose_isa() -> str:
+    """The instruction set to use: INTLM_ISA where it is set, else the fastest. Raises InputError."""
+    have = available_isas()
+    if not have:
+        raise InputError("--engine native: this installation has no native engine (no C++ compiler was found)")
+    asked = os.environ.get("INTLM_ISA")
+    if asked is None:
+        return have[-1]
+    if asked not in have:
+        raise unknown("INTLM_ISA", asked, have)
+    return asked
+
+
+def is_fast() -> bool:
+    """Whether this processor has an instruction set with which the native engine outruns XLA."""
+    return len(available_isas()) > 1
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _PackedModel:
+    """A model with its weights as the kernels read them; frees itself."""
+
+    def __init__(self, loaded: ctypes.CDLL, isa: str, model: ModelConfig, parameters: Parameters):
+        self._free = getattr(loaded, f"intlm_free_{isa}")
+        self.source = parameters
+        sites = ("gate", "candidate", "mlp")
+        names = [getattr(model, site) for site in sites]
+        self._keep = [
+            *[_array(fixedpoint.activation_table(name), np.int8) for name in names],
+            *[_array(t, np.int32) for t in (fixedpoint.exp2_table(), fixedpoint.log2_table())],
+            _array(fixedpoint.reciprocal_table(), np.int32),
+            _array(fixedpoint.gaussian_table(), np.int8),
+            *[_array(parameters[name], np.int8) for name in TRAINED],
+            _array(parameters["head_bias"], np.int16),
+        ]
+        address = [array.ctypes.data for array in self._keep]
+        job = _ModelJob(
+            model.width,
+            model.layers,
+            model.vocabulary,
+            (ctypes.c_int32 * 3)(*[{"identity": 1, "relu2": 2}.get(name, 0) for name in names]),
+            (_POINTER * 3)(*address[:3]),
+            *address[3:7],
+            (_POINTER * len(TRAINED))(*address[7:-1]),
+            address[-1],
+        )
+        self.handle = getattr(loaded, f"intlm_model_{isa}")(ctypes.byref(job))
+        if not self.handle:
+            raise MemoryError("the native engine could not allocate the model")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._free(self.handle)
+
+
+class NativeEngine:
+    """C++ on all cores that the process may use."""
+
+    name = "native"
+
+    def __init__(self, model: ModelConfig, config: EggrollConfig, chunk: int = 0, threads: int = 0):
+        """Check the bounds. `chunk` pairs are evaluated in a call (0: chosen); `threads`: 0 takes all cores."""
+        check_bounds(model, config)
+        self.model, self.config = model, config
+        self.isa = choose_isa()
+        loaded = library()
+        assert loaded is not None
+        self._library = loaded
+        self._run = getattr(loaded, f"intlm_run_{self.isa}")
+        self.threads = threads or usable_cores()
+        self.chunk = chunk or SLICE_PAIRS
+        self._packed: _PackedModel | None = None
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` traced and compiled by XLA."""
+        return jit(function)
+
+    def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
+        """The unperturbed model; see `Engine.forward`."""
+        tokens, state = _array(tokens_NxT, np.int32), _array(state_NxLxD, np.int8)
+        rows, count = tokens.shape
+        after = np.empty_like(state)
+        logits = np.empty((rows, count, self.model.vocabulary), np.int16)
+        job = _StepJob(
+            estimator=_PLAIN,
+            rows=rows,
+            tokens=count,
+            rank=1,
+            threads=self.threads,
+            text=tokens.ctypes.data,
+            state=state.ctypes.data,
+            state_after=after.ctypes.data,
+            logits=logits.ctypes.data,
+        )
+        self._call(parameters, job)
+        return logits, after
+
+    def population_step(
+        self,
+        parameters: Parameters,
+        key: Any,
+        scales: Scales,
+        tokens_PxT1: Any,
+        state_PxLxD: Any,
+        first_pair: int = 0,
+    ) -> tuple[Votes, Statistics, Any]:
+        """See `Engine.population_step`."""
+        tokens, state = _array(tokens_PxT1, np.int32), _array(state_PxLxD, np.int8)
+        after = np.empty_like(state)
+        votes: Votes = {}
+        statistics: Statistics = {}
+        for start in range(0, tokens.shape[0], self.chunk):
+            rows = np.s_[start : start + self.chunk]
+            part, sums = self._slice(
+                parameters, key, scales, tokens[rows], state[rows], after[rows], first_pair + start
+            )
+            votes = {name: votes[name] + part[name] for name in part} if votes else part
+            statistics = {name: statistics[name] + sums[name] for name in sums} if statistics else sums
+        return votes, statistics, after
+
+    def _slice(
+        self,
+        parameters: Parameters,
+        key: Any,
+        scales: Scales,
+        tokens: np.ndarray,
+        state: np.ndarray,
+        after: np.ndarray,
+        first_pair: int,
+    ) -> tuple[Votes, Statistics]:
+        config, layers = self.config, self.model.layers
+        activation = config.estimator == "activation"
+        votes = {name: np.zeros(parameters[name].shape, np.int32) for name in TRAINED}
+        square = np.zeros((len(TRAINED), layers), np.int64)
+        counts = np.zeros(len(_COUNTS), np.int64)
+        horizon = np.zeros((len(TRAINED), layers), np.int32)
+        shift = np.zeros((len(TRAINED), layers), np.int32)
+        if activation:
+            for row, name in enumerate(TRAINED):
+                shift[row] = np.asarray(scales[f"shift.{name}"])
+                if name in eggroll.SITE_OF:
+                    horizon[row] = eggroll.horizons(config, self.model, name)
+        job = _StepJob(
+            estimator=_ACTIVATION if activation else _WEIGHT,
+            rows=tokens.shape[0],
+            tokens=tokens.shape[1] - 1,
+            rank=config.rank,
+            gaussian_noise=config.noise == "gaussian",
+            sign_fitness=config.fitness == "sign",
+            sigma_weight=config.sigma_weight,
+            sigma_norm=config.sigma_norm,
+            mean_difference=1 if activation else int(np.asarray(scales["difference"])),
+            threads=self.threads,
+            first_pair=first_pair,
+            horizon=horizon.ctypes.data,
+            shift=shift.ctypes.data,
+            text=tokens.ctypes.data,
+            state=state.ctypes.data,
+            state_after=after.ctypes.data,
+            square=square.ctypes.data,
+            counts=counts.ctypes.data,
+        )
+        job.key[:] = np.asarray(key).tolist()
+        job.site_shift[:] = [eggroll.site_shift(config, site, self.model.width) for site in eggroll.SITES]
+        job.votes[:] = [votes[name].ctypes.data for name in TRAINED]
+        self._call(parameters, job)
+        statistics: Statistics = dict(zip(_COUNTS, counts, strict=True))
+        if activation:
+            for row, name in enumerate(TRAINED):
+                statistics[f"square.{name}"] = square[row] if name in LAYER else square[row, 0]
+        else:
+            statistics["square"] = square[0, 0]
+        return votes, statistics
+
+    def _call(self, parameters: Parameters, job: _StepJob) -> None:
+        if self._packed is None or self._packed.source is not parameters:
+            self._packed = _PackedModel(self._library, self.isa, self.model, parameters)
+        if self._run(self._packed.handle, ctypes.byref(job)):
+            raise MemoryError("the native engine ran out of memory; lower --chunk")
+
+
+def _array(values: Any, dtype: type) -> np.ndarray:
+    """A C-contiguous NumPy array of a dtype, without a copy where it is one."""
+    return np.ascontiguousarray(np.asarray(values), dtype)

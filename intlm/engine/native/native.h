@@ -1,0 +1,55 @@
+// What Python hands to the evaluator, and the entry points that every instruction set offers.
+//
+// The order and the types of the fields are repeated in intlm/engine/native.py, which fills them.
+#pragma once
+#include <cstdint>
+
+enum Estimator { PLAIN, ACTIVATION, WEIGHT };
+
+// In the order of intlm.model.TRAINED.
+enum Parameter {
+  EMBEDDING, HEAD, NORM_OUTPUT, GATE_INPUT, GATE_RECURRENT, CANDIDATE_INPUT, CANDIDATE_RECURRENT,
+  MLP_IN, MLP_OUT, NORM_RECURRENT, NORM_MLP, GATE_BIAS, CANDIDATE_BIAS, PARAMETERS
+};
+
+// In the order of intlm.eggroll.SITES.
+enum Site { SITE_EMBEDDING, SITE_GATE, SITE_CANDIDATE, SITE_MLP_IN, SITE_MLP_OUT, SITE_HEAD, SITES };
+
+struct ModelJob {
+  int32_t width, layers, vocabulary;
+  int32_t kind[3];                      // gate, candidate, mlp: 0 table, 1 identity, 2 doubled ReLU
+  const int8_t *activation[3];          // tables [256], at v + 128
+  const int32_t *exp2, *log2, *reciprocal;
+  const int8_t *gaussian;
+  const int8_t *parameter[PARAMETERS];  // as in intlm/model.py, layers stacked
+  const int16_t *head_bias;             // [V]
+};
+
+struct StepJob {
+  int32_t estimator, rows, tokens;      // pairs and T; PLAIN: rows of text and tokens
+  int32_t rank, gaussian_noise, sign_fitness, sigma_weight, sigma_norm, mean_difference, threads;
+  int32_t site_shift[SITES];            // log2 of a site's perturbation of its accumulator
+  uint32_t first_pair, key[2];          // key of the step
+  const int32_t *horizon;               // k: [PARAMETERS, L]
+  const int32_t *shift;                 // of B: [PARAMETERS, L]
+  const int32_t *text;                  // [rows, T + 1]; PLAIN: [rows, T]
+  const int8_t *state;                  // [rows, L, D]
+  int8_t *state_after;                  // [rows, L, D]
+  int32_t *votes[PARAMETERS];           // of each parameter's shape
+  int64_t *square;                      // [PARAMETERS, L]: sums of B^2; WEIGHT: sum of q^2 first
+  int64_t *counts;                      // score, difference, ties, saturated, seen
+  int16_t *logits;                      // PLAIN: [rows, T, V]
+};
+
+// A model with its weights as the kernels read them. Calls return 0, or 1 where memory ran out.
+extern "C" {
+#define INTLM_DECLARE(isa)                                     \
+  void *intlm_model_##isa(const ModelJob *);                   \
+  void intlm_free_##isa(void *);                               \
+  int intlm_run_##isa(void *, const StepJob *);
+INTLM_DECLARE(scalar)
+INTLM_DECLARE(avx2)
+INTLM_DECLARE(avx512)
+int intlm_isas(void);    // a bit for each instruction set that this processor and this build have: 1, 2, 4
+int intlm_layout(void);  // sizeof(ModelJob) * 65536 + sizeof(StepJob): what the Python side has to agree with
+}

@@ -1,0 +1,148 @@
+"""The native engine gives the reference's bits, for every instruction set that this machine has."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import assert_same, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engines import CASES, corruptions, inputs
+
+from intlm.config import EggrollConfig, ModelConfig
+from intlm.engine import native
+from intlm.engine.engine import make_engine
+from intlm.engine.reference import ReferenceEngine
+from intlm.errors import InputError
+
+ISAS = native.available_isas()
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="installed without a native engine: there was no C++ compiler")
+
+cases = pytest.mark.parametrize("case", CASES)
+isas = pytest.mark.parametrize("isa", ISAS)
+
+
+@cache
+def native_engine(case, isa, threads=2, chunk=0):
+    config, eggroll_config, _ = CASES[case]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INTLM_ISA", isa)
+        return native.NativeEngine(config, eggroll_config, chunk, threads)
+
+
+@cache
+def reference(case):
+    return ReferenceEngine(*CASES[case][:2])
+
+
+@isas
+@cases
+@settings(max_examples=25)
+@given(seed=seeds, corruption=corruptions, first_pair=st.sampled_from([0, 1, 5, 2**23 - 6]))
+def test_population_step_gives_the_same_bits(case, isa, seed, corruption, first_pair):
+    arguments = inputs(case, seed, corruption)
+    expected = reference(case).population_step(*arguments, first_pair)
+    assert_same(expected, native_engine(case, isa).population_step(*arguments, first_pair), case)
+
+
+@isas
+@cases
+@settings(max_examples=15)
+@given(seed=seeds, corruption=corruptions)
+def test_forward_gives_the_same_bits(case, isa, seed, corruption):
+    parameters, _, _, tokens, state = inputs(case, seed, corruption)
+    expected = reference(case).forward(parameters, tokens, state)
+    assert_same(expected, native_engine(case, isa).forward(parameters, tokens, state), case)
+
+
+@pytest.mark.parametrize("estimator", ["activation", "weight"])
+def test_blocks_chunks_and_threads_change_nothing(estimator):
+    # More pairs than a block holds, and a last block that is not full; more rows than a group in forward.
+    config = ModelConfig(layers=1, vocabulary=70)
+    eggroll_config = EggrollConfig(estimator=estimator, population=74, segment=9)
+    CASES[f"many pairs, {estimator}"] = (config, eggroll_config, 0)
+    try:
+        arguments = inputs(f"many pairs, {estimator}", 3, 0)
+    finally:
+        del CASES[f"many pairs, {estimator}"]
+    expected = ReferenceEngine(config, eggroll_config).population_step(*arguments)
+    for chunk, threads in ((0, 1), (0, 2), (0, 5), (1, 2), (7, 1), (16, 2)):
+        engine = native.NativeEngine(config, eggroll_config, chunk, threads)
+        assert_same(expected, engine.population_step(*arguments), f"chunk {chunk}, threads {threads}")
+    parameters, _, _, tokens, state = arguments
+    expected = ReferenceEngine(config, eggroll_config).forward(parameters, tokens, state)
+    assert_same(expected, native.NativeEngine(config, eggroll_config).forward(parameters, tokens, state))
+
+
+def test_parameters_are_packed_again_when_they_are_others():
+    case = "activation"
+    engine = native_engine(case, ISAS[-1])
+    for seed in (1, 2, 1):
+        parameters, _, _, tokens, state = inputs(case, seed, 0)
+        expected = reference(case).forward(parameters, tokens, state)
+        assert_same(expected, engine.forward(parameters, tokens, state), f"seed {seed}")
+
+
+def test_auto_takes_the_native_engine_where_it_is_fast(monkeypatch):
+    config, eggroll_config, _ = CASES["activation"]
+    monkeypatch.delenv("INTLM_ISA", raising=False)
+    fast = make_engine("auto", config, eggroll_config).name
+    assert fast == ("native" if native.is_fast() else "xla")
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert make_engine("auto", config, eggroll_config).name == "xla"
+    with pytest.raises(InputError, match="no C\\+\\+ compiler"):
+        make_engine("native", config, eggroll_config)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("INTLM_ISA", "avx215")
+    with pytest.raises(InputError, match="INTLM_ISA: unknown 'avx215'"):
+        native.choose_isa()
+
+
+@pytest.mark.long
+@isas
+def test_under_the_address_and_undefined_behaviour_sanitizers(isa, tmp_path):
+    """Builds the library with sanitizers and runs this file's comparisons with it in a process of its own."""
+    root = Path(native.__file__).parent
+    flags = {"avx2": ["-mavx2"], "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]}
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+    objects = []
+    for name in ("dispatch", "scalar", "avx2", "avx512"):
+        objects.append(str(tmp_path / f"{name}.o"))
+        command = ["g++", "-std=c++17", "-fPIC", "-fwrapv", "-Wno-psabi", *sanitize, *flags.get(name, [])]
+        subprocess.run([*command, "-c", str(root / "native" / f"{name}.cc"), "-o", objects[-1]], check=True)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    library = tmp_path / f"_native{suffix}"
+    subprocess.run(["g++", "-shared", *sanitize, *objects, "-o", str(library), "-pthread"], check=True)
+    script = f"""
+import ctypes, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from intlm.engine import native
+native.__file__ = {str(tmp_path / "native.py")!r}
+import test_native as t
+for case in t.CASES:
+    for seed in range(3):
+        arguments = t.inputs(case, seed, seed)
+        expected = t.reference(case).population_step(*arguments, 5)
+        t.assert_same(expected, t.native_engine(case, {isa!r}).population_step(*arguments, 5), case)
+        parameters, _, _, tokens, state = arguments
+        expected = t.reference(case).forward(parameters, tokens, state)
+        t.assert_same(expected, t.native_engine(case, {isa!r}).forward(parameters, tokens, state), case)
+print("sanitized runs agree")
+"""
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = os.environ | {"LD_PRELOAD": ":".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "sanitized runs agree" in done.stdout, done.stderr[-3000:]
+    np.testing.assert_equal(done.stderr.count("runtime error"), 0)
