@@ -7,6 +7,7 @@ import numpy as np
 from intlm import fixedpoint
 from intlm.config import ModelConfig
 from intlm.engine.engine import Engine
+from intlm.errors import InputError
 from intlm.model import Parameters, initial_state
 from tokenizer import Tokenizer
 
@@ -32,7 +33,8 @@ class HeldOut:
     def from_stream(cls, stream_S: np.ndarray, tokenizer: Tokenizer, limit: int = 0) -> "HeldOut":
         """Lay out a token stream (see `train.corpus.pack`), or its first `limit` tokens where that is not 0.
 
-        Every token but the first, which is a separator, is predicted exactly once.
+        Every token but the first, which is a separator, is predicted exactly once. Raises InputError for a
+        stream in which nothing is to be predicted.
         """
         stream = stream_S[: limit or None].astype(np.int32)
         inputs, targets = stream[:-1], stream[1:]
@@ -42,6 +44,8 @@ class HeldOut:
         inputs, targets = np.pad(inputs, padding), np.pad(targets, padding)
         counted = (targets != tokenizer.separator) & (np.arange(lanes * width) < len(stream) - 1)
         byte_count = int(tokenizer.byte_lengths()[targets[counted]].sum())
+        if not byte_count:
+            raise InputError("the held-out text is nothing but separators (accepted: a byte other than 0)")
         shape = (lanes, width)
         return cls(inputs.reshape(shape), targets.reshape(shape), counted.reshape(shape), byte_count)
 

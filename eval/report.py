@@ -6,6 +6,7 @@ from typing import Any
 from eval.baselines import baselines
 from eval.bits import Evaluator, HeldOut
 from intlm.engine.engine import Engine
+from intlm.errors import InputError
 from intlm.model import Parameters
 from tokenizer import Tokenizer
 from train import corpus
@@ -57,12 +58,19 @@ def evaluate(
     parameters: Parameters,
     tokenizer: Tokenizer,
     data: str | None = None,
+    digest: str | None = None,
 ) -> Evaluation:
     """Score the run's held-out text, or all documents of the corpus `data`. Raises InputError for bad text.
 
-    n-grams are counted on the run's training text.
+    n-grams are counted on the run's training text. `digest` is of the text that the model was trained on: of
+    another text, what is held out may have been trained on, so that it is refused.
     """
     text = load_text(config.text, tokenizer, config.eggroll.seed)
+    if data is None and digest not in (None, text.digest):
+        raise InputError(
+            f"{config.text.data}: the text has changed since the run {run} was trained; restore it, or name "
+            "another with --data"
+        )
     documents, name = text.held_out, config.text.held_out or f"held-out part of {config.text.data}"
     if data is not None:
         documents, name = list(corpus.open_corpus(data, config.text.text_field).documents()), data

@@ -51,16 +51,18 @@ class SamplingConfig:
                 raise InputError(f"{flag} {shown}: must be from 0 to {high // unit}")
 
 
-def fixed(text: str, fraction_bits: int, flag: str) -> int:
-    """A decimal number as written by a person, in fixed point, rounded down; exactly, without a float."""
+def fixed(text: str, fraction_bits: int, flag: str, high: int = 1) -> int:
+    """A decimal number from 0 to `high`, as written by a person, in fixed point, rounded down.
+
+    Exactly, without a float. Raises InputError, naming `flag`, for anything else.
+    """
     try:
         value = Decimal(text)
-        if not value.is_finite() or abs(value) > 1 << 20:
-            raise InvalidOperation
+        if value.is_finite() and 0 <= value <= high:
+            return int(value * (1 << fraction_bits))
     except InvalidOperation:
-        raise InputError(f"{flag} {text}: expected a number such as 0.8") from None
-    scaled = int(value * (1 << fraction_bits))
-    return scaled if value >= 0 or scaled else -1  # a small negative number stays negative
+        pass
+    raise InputError(f"{flag} {text}: must be a number from 0 to {high}, such as 0.8")
 
 
 def draw(config: SamplingConfig, logits_NxV: Array, random_N: Array) -> Array:

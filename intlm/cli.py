@@ -5,8 +5,12 @@ time wait until a command needs them.
 """
 
 import argparse
+import io
 import json
 import os
+import shlex
+import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,33 +21,96 @@ from intlm.errors import InputError, unknown
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
+# What the numbers of a command line are held to, so that none asks for more memory than there can be.
+LARGEST_COUNT = 1 << 16
+LARGEST_LENGTH = (1 << 31) - 1
+
+# JAX has one exception for all that goes wrong in it. These two a person can put right.
+CURABLE = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
+
+
 class _Parser(argparse.ArgumentParser):
     """One line for a bad command line, and exit code 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def print_help(self, file: Any = None) -> None:
+        _write(self.format_help())
+
+    @property
+    def flags(self) -> list[str]:
+        """Every flag, for suggestions."""
+        return list(self._option_string_actions)
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Shows defaults, where there is something to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is False or action.default in (None, "", []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code is 0, 1 (a float found by `audit`), 2 (bad input) or 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Python's own handler raises, which inside of JAX is lost or ends in a crash. Only training has
+        # something to finish first, and takes the signal over.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    _prepare_streams()
     try:
         parsed = _parse(words)
         result: int = parsed.command(parsed)
         return result
     except InputError as error:
-        print(f"intlm: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(str(error))
+    except MemoryError as error:
+        return _refuse(f"not enough memory: {error or 'an allocation failed'}")
+    except RuntimeError as error:
+        if not str(error).startswith(CURABLE):
+            raise
+        return _refuse(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone: nobody is left to tell. Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone: nobody is left to tell.
         return DONE
+
+
+def _refuse(message: str) -> int:
+    # One line, whatever a file name or a library put into the message.
+    print("intlm:", " ".join(message.splitlines()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def _prepare_streams() -> None:
+    """Make the standard streams safe to write to."""
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        if getattr(sys, name) is None:
+            # Closed by whoever started us. The null device takes the lowest free number, which is this
+            # stream's, before a checkpoint does and is written into.
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 lacks most characters
+
+
+def _write(text: str) -> None:
+    """Put `text` on standard output at once. Raises InputError where that is full."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # What could not be written is still in the buffer: Python would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(f"standard output: {error.strerror or error}") from error
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -53,17 +120,26 @@ def _parse(words: list[str]) -> argparse.Namespace:
     # argparse would list the commands without naming the nearest.
     if words and not words[0].startswith("-") and words[0] not in known:
         raise unknown("command", words[0], known)
+    helped = bool({"-h", "--help"} & set(words))
     for name, add in known.items():
-        add(commands, name, describe=words[:1] == [name])
-    return parser.parse_args(words)
+        add(commands, name, describe=helped and words[:1] == [name])
+    parsed, rest = parser.parse_known_args(words)
+    if rest:
+        command = commands.choices[words[0]]
+        flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+        if not flags:
+            command.error(f"one argument too many: {rest[0]!r}")
+        raise unknown(f"{command.prog}: flag", flags[0], command.flags)
+    return parsed
 
 
 def _add_train(commands: Any, name: str, describe: bool) -> None:
     epilog = ""
-    if describe and {"-h", "--help"} & set(sys.argv):
+    if describe:
         from train.config import describe_keys
 
-        epilog = f"keys of --set (integers; defaults of the preset small):\n{describe_keys()}"
+        width = shutil.get_terminal_size().columns - 2
+        epilog = f"keys of --set, with the defaults of the preset small:\n{describe_keys(width)}"
     command = commands.add_parser(
         name,
         formatter_class=_Help,
@@ -151,7 +227,7 @@ def _add_sample(commands: Any, name: str, describe: bool) -> None:
     add = command.add_argument
     add("run", metavar="RUN", help="name of a run, its directory, or one of its checkpoints")
     add("--prompt", default="", metavar="TEXT", help="text to go on from; - reads standard input")
-    add("--prompt-file", default="", metavar="PATH", help="read the prompt from a file")
+    add("--prompt-file", metavar="PATH", help="read the prompt from a file")
     add("--tokens", type=_integer("--tokens"), default=512, metavar="N", help="tokens to write")
     add(
         "--temperature",
@@ -218,7 +294,12 @@ def _add_audit(commands: Any, name: str, describe: bool) -> None:
 
 
 def _add_engine(add: Any) -> None:
-    add("--engine", default="auto", metavar="NAME", help="auto, xla or reference; all give the same bits")
+    add(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="auto (the fastest here), native, xla or reference; all give the same bits",
+    )
 
 
 def _integer(flag: str) -> Any:
@@ -255,22 +336,24 @@ def _train(parsed: argparse.Namespace) -> int:
             f"documents, {sum(map(len, job.text.held_out)):,} held out"
         )
         if job.state.step >= config.steps:
-            print(f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run")
+            _write(
+                f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"
+            )
             return DONE
-        with Report(job) as report:
+        with job.run.locked(), Report(job) as report:
             state = train(job, report, stop)
     left = f"{job.run.directory}: step {state.step} of {config.steps}"
     if state.step < config.steps:
         print(f"{left}; interrupted, and resumed by the same command", file=sys.stderr)
         return INTERRUPTED
     bits = f"{report.held_out:.3f} bits per byte held out" if report.held_out is not None else "no evaluation"
-    print(f"{left}; {bits}; try: intlm sample {_spoken(job.run.directory)}")
+    _write(f"{left}; {bits}; try: intlm sample {_spoken(job.run.directory)}\n")
     return DONE
 
 
 def _spoken(directory: Path) -> str:
     """How a person would name this run on the command line."""
-    return directory.name if directory.parent == Path("runs") else str(directory)
+    return shlex.quote(directory.name if directory.parent == Path("runs") else str(directory))
 
 
 def _sample(parsed: argparse.Namespace) -> int:
@@ -281,14 +364,14 @@ def _sample(parsed: argparse.Namespace) -> int:
     from train.job import load_model
     from train.run import find_checkpoint
 
-    for flag in ("tokens", "count"):
-        if getattr(parsed, flag) < 1:
-            raise InputError(f"--{flag} {getattr(parsed, flag)}: must be 1 or more")
+    for flag, largest in (("tokens", LARGEST_LENGTH), ("count", LARGEST_COUNT)):
+        if not 1 <= getattr(parsed, flag) <= largest:
+            raise InputError(f"--{flag} {getattr(parsed, flag)}: must be from 1 to {largest}")
     sampling = SamplingConfig(
-        fixed(parsed.temperature, 8, "--temperature"),
+        fixed(parsed.temperature, 8, "--temperature", 256),
         parsed.top_k,
-        fixed(parsed.top_p, 16, "--top-p"),
-        fixed(parsed.min_p, 16, "--min-p"),
+        fixed(parsed.top_p, 16, "--top-p", 1),
+        fixed(parsed.min_p, 16, "--min-p", 1),
         parsed.seed,
     )
     prompt = _prompt(parsed)
@@ -299,24 +382,23 @@ def _sample(parsed: argparse.Namespace) -> int:
     drawn = sampler.tokens(tokens, parsed.count, parsed.tokens)
     if parsed.count == 1:
         stream = Utf8Stream()
-        sys.stdout.write(stream.feed(prompt))
+        _write(stream.feed(prompt))
         for token in drawn:
-            sys.stdout.write(stream.feed(tokenizer.decode(token)))
-            sys.stdout.flush()
-        sys.stdout.write(stream.end() + "\n")
+            _write(stream.feed(tokenizer.decode(token)))
+        _write(stream.end() + "\n")
         return DONE
     samples = np.stack(list(drawn), axis=1)
     for number, sample in enumerate(samples, 1):
         stream = Utf8Stream()
         text = stream.feed(prompt + tokenizer.decode(sample)) + stream.end()
-        sys.stdout.write(f"--- sample {number} of {parsed.count} ---\n{text}\n")
+        _write(f"--- sample {number} of {parsed.count} ---\n{text}\n")
     return DONE
 
 
 def _prompt(parsed: argparse.Namespace) -> bytes:
-    if parsed.prompt and parsed.prompt_file:
+    if parsed.prompt and parsed.prompt_file is not None:
         raise InputError("--prompt and --prompt-file: give one of the two")
-    if parsed.prompt_file:
+    if parsed.prompt_file is not None:
         try:
             return Path(parsed.prompt_file).read_bytes()
         except OSError as error:
@@ -328,6 +410,7 @@ def _prompt(parsed: argparse.Namespace) -> bytes:
 
 def _eval(parsed: argparse.Namespace) -> int:
     from eval.report import evaluate
+    from intlm import checkpoint
     from intlm.engine.engine import make_engine
     from train.job import load_model
     from train.run import find_checkpoint
@@ -336,8 +419,9 @@ def _eval(parsed: argparse.Namespace) -> int:
     config, tokenizer, parameters, step = load_model(run, path)
     engine = make_engine(parsed.engine, config.model, config.eggroll)
     data = getattr(parsed, "data", None)
-    result = evaluate(run.name, step, config, engine, parameters, tokenizer, data)
-    print(json.dumps(result.as_dict(), indent=2) if parsed.json else result.table())
+    digest = checkpoint.read(path).meta["corpus"]
+    result = evaluate(run.name, step, config, engine, parameters, tokenizer, data, digest)
+    _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
     return DONE
 
 
@@ -350,15 +434,17 @@ def _audit(parsed: argparse.Namespace) -> int:
     if parsed.what in PRESETS:
         config = resolve_config(parsed.what, (), TextConfig(), 256)
     else:
-        run = Run.open(resolve(parsed.what))
+        try:
+            run = Run.open(resolve(parsed.what))
+        except InputError as error:
+            raise InputError(f"{error} (or a preset: {', '.join(PRESETS)})") from None
         config = RunConfig.from_dict(run.config, str(run.directory / "config.json"))
     sampling = SamplingConfig(top_k=40, top_p=60000, min_p=1000)
     found = audit(config.model, config.eggroll, lambda *values: draw(sampling, *values))
     floats = sum(count for operation, count in found.items() if operation.has_float)
     if parsed.json:
         rows = [vars(operation) | {"count": count} for operation, count in found.items()]
-        print(json.dumps({"floats": floats, "operations": rows}, indent=2))
+        _write(json.dumps({"floats": floats, "operations": rows}, indent=2) + "\n")
     else:
-        print(table(found))
-        print(f"{sum(found.values()):,} operations, {floats} with a float")
+        _write(f"{table(found)}\n{sum(found.values()):,} operations, {floats} with a float\n")
     return 1 if floats else DONE

@@ -7,7 +7,6 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import assert_same, seeds
 from hypothesis import given, settings
@@ -22,7 +21,9 @@ from intlm.errors import InputError
 
 ISAS = native.available_isas()
 
-pytestmark = pytest.mark.skipif(not ISAS, reason="installed without a native engine: there was no C++ compiler")
+pytestmark = pytest.mark.skipif(
+    not ISAS, reason="installed without a native engine: there was no C++ compiler"
+)
 
 cases = pytest.mark.parametrize("case", CASES)
 isas = pytest.mark.parametrize("isa", ISAS)
@@ -106,27 +107,37 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         native.choose_isa()
 
 
-@pytest.mark.long
-@isas
-def test_under_the_address_and_undefined_behaviour_sanitizers(isa, tmp_path):
-    """Builds the library with sanitizers and runs this file's comparisons with it in a process of its own."""
-    root = Path(native.__file__).parent
+@pytest.fixture(scope="module")
+def sanitized_library(tmp_path_factory):
+    """The library built with the address and the undefined-behaviour sanitizer, and what to preload."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    sources = Path(native.__file__).parent / "native"
     flags = {"avx2": ["-mavx2"], "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]}
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
     objects = []
     for name in ("dispatch", "scalar", "avx2", "avx512"):
-        objects.append(str(tmp_path / f"{name}.o"))
+        objects.append(str(folder / f"{name}.o"))
         command = ["g++", "-std=c++17", "-fPIC", "-fwrapv", "-Wno-psabi", *sanitize, *flags.get(name, [])]
-        subprocess.run([*command, "-c", str(root / "native" / f"{name}.cc"), "-o", objects[-1]], check=True)
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    library = tmp_path / f"_native{suffix}"
+        subprocess.run([*command, "-c", str(sources / f"{name}.cc"), "-o", objects[-1]], check=True)
+    library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run(["g++", "-shared", *sanitize, *objects, "-o", str(library), "-pthread"], check=True)
+    ask = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libubsan.so")]
+    found = [
+        subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip() for words in ask
+    ]
+    return library, ":".join(found)
+
+
+@pytest.mark.long
+@isas
+def test_under_the_address_and_undefined_behaviour_sanitizers(isa, sanitized_library):
+    """Compares with the reference in a process of its own, which ends at the first error of memory."""
+    library, runtime = sanitized_library
     script = f"""
-import ctypes, sys
+import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
 from intlm.engine import native
-native.__file__ = {str(tmp_path / "native.py")!r}
+native.__file__ = {str(library.parent / "native.py")!r}
 import test_native as t
 for case in t.CASES:
     for seed in range(3):
@@ -138,11 +149,6 @@ for case in t.CASES:
         t.assert_same(expected, t.native_engine(case, {isa!r}).forward(parameters, tokens, state), case)
 print("sanitized runs agree")
 """
-    runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = os.environ | {"LD_PRELOAD": ":".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "sanitized runs agree" in done.stdout, done.stderr[-3000:]
-    np.testing.assert_equal(done.stderr.count("runtime error"), 0)

@@ -26,8 +26,14 @@ from train.text import Text, evaluated, load_text
 DEFAULT_PRESET = "small"
 DEFAULT_MINUTES = "5"
 CALIBRATION_SECONDS = 3
+LONGEST_RUN = (1 << 31) - 1
+"""Steps in a run at most: the step is a 32-bit counter of the noise."""
 EVALUATIONS = 20
 """Evaluations and checkpoints in a run, where nothing else is asked for."""
+
+
+RUN_FILES = {"baselines.json", "checkpoints", "config.json", "tokenizer.json"}
+"""What a run is made of before its first step."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,10 @@ class Request:
         """Raise InputError for counts out of range and for steps and minutes at once."""
         if self.steps is not None and self.minutes is not None:
             raise InputError("--steps and --minutes: give one of the two")
-        if self.steps is not None and not 1 <= self.steps < 1 << 31:
-            raise InputError(f"--steps {self.steps}: must be from 1 to {(1 << 31) - 1}")
+        if self.run in ("", ".", ".."):
+            raise InputError(f"--run {self.run!r}: is no name (a directory of yours is given with a slash)")
+        if self.steps is not None and not 1 <= self.steps <= LONGEST_RUN:
+            raise InputError(f"--steps {self.steps}: must be from 1 to {LONGEST_RUN}")
         if self.minutes is not None:
             _minutes(self.minutes)
         for name in ("chunk", "evaluate_every", "checkpoint_every"):
@@ -123,28 +131,29 @@ def prepare(request: Request, say: Any) -> Job:
     Raises InputError; a run on disk is then as it was.
     """
     directory = request.directory
-    exists = (directory / "config.json").exists()
-    if not exists and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"--run {directory}: exists and is no run (no config.json); choose another name")
-    run = Run.open(directory) if exists else None
+    run = _existing_run(directory)
     tokenizer = load_tokenizer(directory) if run else ByteTokenizer()
     config = _configuration(request, run, tokenizer)
     text = load_text(config.text, tokenizer, config.eggroll.seed)
     engine = make_engine(request.engine, config.model, config.eggroll, request.chunk)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
-    lanes = Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment)
+    lanes = _lanes(config, text)
     counts = np.bincount(text.train_S, minlength=tokenizer.vocabulary)
     state = initial(config.model, config.eggroll, counts)
     if not config.steps:
         config = dataclasses.replace(
             config, steps=_plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
         )
-        lanes = Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment)
+        lanes = _lanes(config, text)
     if run:
         figures = _read_baselines(directory / "baselines.json")
     else:
         figures = dataclasses.asdict(baselines(text.train, text.held_out))
-        tokenizer.save(directory)
+        try:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            tokenizer.save(directory)
+        except OSError as error:
+            raise InputError(f"--run {directory}: cannot be made: {error.strerror or error}") from error
         files = {"baselines.json": (json.dumps(figures, indent=2) + "\n").encode()}
         run = Run.create(directory, config.as_dict(), files)
     resumed = False
@@ -156,12 +165,39 @@ def prepare(request: Request, say: Any) -> Job:
                 f"--data {config.text.data}: the text has changed since {latest} was written; "
                 "restore it, or start another run with --run"
             )
-        lanes = Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment, position)
+        lanes = _lanes(config, text, position)
         resumed = True
     evolution = Evolution(engine, config.model, config.eggroll, config.steps)
     return Job(
         request, run, config, tokenizer, text, engine, evolution, evaluator, lanes, state, figures, resumed
     )
+
+
+def _existing_run(directory: Path) -> Run | None:
+    """The run at `directory`, or None where one can be made. Raises InputError where neither holds."""
+    try:
+        if (directory / "config.json").exists():
+            return Run.open(directory)
+        usable = not directory.exists() or (directory.is_dir() and _is_half_made(directory))
+    except OSError as error:
+        raise InputError(f"--run {directory}: {error.strerror or error}") from error
+    if not usable:
+        raise InputError(f"--run {directory}: exists and is no run (no config.json); choose another name")
+    return None
+
+
+def _is_half_made(directory: Path) -> bool:
+    """Whether `directory` is empty, or what is left of a run that was cut short while it was made."""
+    names = {path.name.removesuffix(".tmp") for path in directory.iterdir()}
+    checkpoints = directory / "checkpoints"
+    return not names or (names <= RUN_FILES and checkpoints.is_dir() and not any(checkpoints.iterdir()))
+
+
+def _lanes(config: RunConfig, text: Text, position: int = 0) -> Lanes:
+    try:
+        return Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment, position)
+    except InputError as error:
+        raise InputError(f"--data {config.text.data}: {error}") from error
 
 
 def restore(
@@ -175,7 +211,9 @@ def restore(
     meta = saved.meta
     if meta.get("tokenizer") != tokenizer.digest:
         raise InputError(f"{path}: was written with another tokenizer than the run's ({tokenizer.name})")
-    if changed := differences(meta.get("config", {}), config.as_dict()):
+    if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("corpus"), str):
+        raise InputError(f"{path}: its meta lacks the configuration or the digest of the corpus")
+    if changed := differences(meta["config"], config.as_dict()):
         raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
     wanted = {f"master.{name}": (value.shape, value.dtype) for name, value in like.masters.items()}
     wanted |= {f"scale.{name}": (value.shape, value.dtype) for name, value in like.scales.items()}
@@ -198,16 +236,30 @@ def restore(
 
 def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, int]:
     """Configuration, tokenizer, int8 weights and step of a checkpoint, for evaluation and sampling."""
-    config = RunConfig.from_dict(run.config, str(run.directory / "config.json"))
     tokenizer = load_tokenizer(run.directory)
+    config = _kept(run, tokenizer)
     like = initial(config.model, config.eggroll, np.zeros(config.model.vocabulary, np.int64))
     state, _ = restore(path, config, tokenizer, like)
     return config, tokenizer, model.parameters(state.masters, state.head_bias), state.step
 
 
+def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
+    """The configuration in a run's config.json. Raises InputError where nothing could be run with it."""
+    path = run.directory / "config.json"
+    config = RunConfig.from_dict(run.config, str(path))
+    if not 1 <= config.steps <= LONGEST_RUN:
+        raise InputError(f"{path}: key steps={config.steps}: must be from 1 to {LONGEST_RUN}")
+    if config.model.vocabulary != tokenizer.vocabulary:
+        raise InputError(
+            f"{path}: key model.vocabulary={config.model.vocabulary}: "
+            f"the run's tokenizer ({tokenizer.name}) has {tokenizer.vocabulary} tokens"
+        )
+    return config
+
+
 def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer) -> RunConfig:
     """The run's own configuration, checked against what was asked; or a new one."""
-    kept = RunConfig.from_dict(run.config, str(run.directory / "config.json")) if run else None
+    kept = _kept(run, tokenizer) if run else None
     if kept and not request.decides:
         return kept
     text = TextConfig(
@@ -277,7 +329,7 @@ def _plan_steps(
         steps += 1
     step = (time.perf_counter() - started) / steps
     left = float(_minutes(config.minutes)) * 60 - (time.perf_counter() - begun) - evaluation * EVALUATIONS
-    planned = max(1, int(left / step))
+    planned = min(max(1, int(left / step)), LONGEST_RUN)
     rate = config.eggroll.population * config.eggroll.segment / step
     say(f"{config.minutes} minutes are about {planned} steps here ({rate:,.0f} member-tokens/s)")
     return planned

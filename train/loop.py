@@ -39,7 +39,7 @@ def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
     evaluate_every = job.every(job.request.evaluate_every)
     checkpoint_every = job.every(job.request.checkpoint_every)
     pending = None
-    if state.step == 0:
+    if state.step == 0 and not stop.requested:
         report.evaluate(job, state)
     while state.step < steps and not stop.requested:
         state, statistics = job.evolution.step(state, job.lanes.next_segment())
@@ -55,5 +55,6 @@ def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
     if pending:
         report.step(job, *pending)
     if stop.requested and state.step < steps:
+        report.log(job, state.step)
         job.save(state)
     return state

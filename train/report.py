@@ -32,7 +32,8 @@ class Report:
 
     def __init__(self, job: Job, quiet: bool = False):
         """Open the metrics file and the events of `job`'s run, and drop what later steps left there."""
-        came_from = job.state.step if job.resumed else -1
+        # Before the first step nothing has been written that is not written again.
+        came_from = job.state.step or -1
         self.metrics = MetricsFile.open(job.run.metrics_path, came_from)
         self.tracker = Tracker(job.run.tensorboard_directory, came_from)
         self.terminal = sys.stderr.isatty() and not quiet
@@ -75,9 +76,10 @@ class Report:
         self._steps += 1
         self.progress.update(1)
         if time.perf_counter() - self._since >= LOG_SECONDS:
-            self._log(job, step)
+            self.log(job, step)
 
-    def _log(self, job: Job, step: int) -> None:
+    def log(self, job: Job, step: int) -> None:
+        """Write out what the steps since the last time came to; nothing where there were none."""
         config = job.config.eggroll
         tokens = self._steps * config.population * config.segment
         if not tokens:
@@ -108,7 +110,7 @@ class Report:
 
     def evaluate(self, job: Job, state: EvolutionState) -> None:
         """Score held-out text, look at weights and activations, and now and then write a sample."""
-        self._log(job, state.step)
+        self.log(job, state.step)
         parameters = job.evolution.parameters(state.masters, state.head_bias)
         self.held_out = job.evaluator.bits_per_byte(parameters)
         self.metrics.append(state.step, held_out_bits_per_byte=self.held_out)

@@ -7,8 +7,10 @@ runs/<name>/tensorboard/                          see `train.tracking`
 runs/<name>/checkpoints/step-00001000.safetensors see `intlm.checkpoint`
 """
 
+import contextlib
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,6 +90,31 @@ class Run:
         """The directory for `train.tracking.Tracker`."""
         return self.directory / "tensorboard"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run. Raises `InputError` where one does.
+
+        The system lets go of the lock when the process ends, however it ends; nothing is left on disk.
+        """
+        if os.name != "posix":
+            yield  # other systems cannot lock a directory
+            return
+        import fcntl
+
+        try:
+            descriptor = os.open(self.directory, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"{self.directory}: cannot be opened: {error.strerror}") from error
+        try:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(f"{self.directory}: another process is training this run") from None
+            yield
+        finally:
+            os.close(descriptor)
+
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after `step` training steps belongs."""
         return self.directory / "checkpoints" / f"step-{step:08d}.safetensors"
@@ -120,6 +147,13 @@ def resolve(name: str) -> Path:
     A name in `runs` comes first; write `./NAME` for a directory here. Raises `InputError`, with the nearest
     names, where there is no such run.
     """
+    try:
+        return _resolve(name)
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"RUN: {name!r}: {error.strerror}") from error
+
+
+def _resolve(name: str) -> Path:
     for path in (RUNS / name, Path(name)):
         if (path / "config.json").is_file():
             return path

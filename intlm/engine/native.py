@@ -85,7 +85,9 @@ def choose_isa() -> str:
     """The instruction set to use: INTLM_ISA where it is set, else the fastest. Raises InputError."""
     have = available_isas()
     if not have:
-        raise InputError("--engine native: this installation has no native engine (no C++ compiler was found)")
+        raise InputError(
+            "--engine native: this installation has no native engine (no C++ compiler was found)"
+        )
     asked = os.environ.get("INTLM_ISA")
     if asked is None:
         return have[-1]

@@ -1,0 +1,7 @@
+"""`python -m intlm`: the command line."""
+
+import sys
+
+from intlm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,468 @@
+"""Bad input: one line that names what is wrong and what is accepted, exit code 2, nothing on disk touched."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from intlm import checkpoint
+from intlm.checkpoint import Checkpoint
+from intlm.cli import main
+
+SMALL = ["--engine", "reference", "--set", "population=4", "--set", "segment=8"]
+TRAIN = ["train", "tiny", "--data", "text.txt", "--steps", "2", *SMALL]
+GOOD = [*TRAIN, "--run", "good"]
+NEW = [*TRAIN, "--run", "new"]
+SAMPLE = ["sample", "good", "--engine", "reference", "--tokens", "3"]
+LAST = "runs/good/checkpoints/step-00000002.safetensors"
+
+
+def words(seed: int) -> str:
+    """About 6 KB of text."""
+    source = random.Random(seed)
+    lines = [" ".join(source.choices(("one", "two", "three", "four", "five"), k=8)) for _ in range(160)]
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with texts, a run and things that are neither."""
+    home = tmp_path_factory.mktemp("bad_input")
+    for name, content in {
+        "text.txt": words(1).encode(),
+        "empty.txt": b"",
+        "short.txt": b"ab",
+        "zeros.txt": bytes(5000),
+        "latin.jsonl": b'{"text": "fine"}\n{"text": "\xff"}\n',
+        "no_json.jsonl": b"nope\n",
+        "no_field.jsonl": b'{"body": "x"}\n',
+        "number.jsonl": b'{"text": 5}\n',
+    }.items():
+        (home / name).write_bytes(content)
+    (home / "empty").mkdir()
+    (home / "runs" / "stranger").mkdir(parents=True)
+    (home / "runs" / "stranger" / "tokenizer.json").write_text("not ours")
+    (home / "runs" / "file").write_text("a file")
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        assert main(GOOD) == 0
+    finally:
+        os.chdir(before)
+    return home
+
+
+@pytest.fixture
+def here(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of `trained`, which no test may change."""
+    monkeypatch.chdir(trained)
+    return trained
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to damage."""
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b""
+        for path in directory.rglob("*")
+    }
+
+
+def refused(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
+    """The one line with which `command` is refused."""
+    before = contents(Path.cwd())
+    capsys.readouterr()
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    shown = capsys.readouterr()
+    assert code == 2, shown.err
+    assert shown.out == ""
+    assert shown.err.startswith("intlm")
+    assert shown.err.endswith("\n")
+    assert len(shown.err.splitlines()) == 1, shown.err
+    assert contents(Path.cwd()) == before
+    return shown.err
+
+
+COMMAND_LINES: list[tuple[list[str], str]] = [
+    # the command line itself
+    ([], "COMMAND"),
+    (["trian"], "command: unknown 'trian'; did you mean 'train'? (accepted: audit"),
+    (["train", "tini"], "preset: unknown 'tini'; did you mean 'tiny'?"),
+    (["train", "tiny", "tiny"], "one argument too many: 'tiny'"),
+    (["train", "--step", "5"], "flag: unknown '--step'; did you mean '--steps'?"),
+    (["sample", "good", "--temprature=1"], "flag: unknown '--temprature'; did you mean '--temperature'?"),
+    (["train", "--steps"], "--steps: expected one argument"),
+    (["sample"], "RUN"),
+    # the corpus
+    ([*NEW, "--data", "nowhere"], "--data: 'nowhere' does not exist (accepted: 'stdlib', or a file"),
+    ([*NEW, "--data", "stdlb"], "did you mean 'stdlib'?"),
+    ([*NEW, "--data", ""], "--data: the name is empty"),
+    ([*NEW, "--data", "x" * 300], "name too long"),
+    ([*NEW, "--data", "text.txt/x"], "--data: 'text.txt/x' does not exist"),
+    ([*NEW, "--data", "empty.txt"], "--data: 'empty.txt' is empty"),
+    ([*NEW, "--data", "empty"], "--data: no text in directory 'empty'"),
+    ([*NEW, "--data", "*.none"], "--data: no file matches '*.none'"),
+    ([*NEW, "--data", "/dev/null"], "neither a file nor a directory"),
+    ([*NEW, "--data", "latin.jsonl"], "--data: 'latin.jsonl' line 2: not UTF-8 at byte 11"),
+    (
+        [*NEW, "--data", "no_json.jsonl"],
+        "--data: 'no_json.jsonl' line 1: not JSON (accepted: one JSON object",
+    ),
+    ([*NEW, "--data", "no_field.jsonl"], "line 1: no field 'text' (the fields are: 'body')"),
+    ([*NEW, "--data", "no_field.jsonl", "--text-field", "bodi"], "no field 'bodi'"),
+    ([*NEW, "--data", "number.jsonl"], "field 'text' is of type int (accepted: a string)"),
+    ([*NEW, "--data", "short.txt"], "--data: too short to hold out text: 2 bytes"),
+    (
+        [*NEW, "--data", "short.txt", "--held-out", "text.txt"],
+        "--data short.txt: the text is too short: 3 tok",
+    ),
+    ([*NEW, "--held-out", "empty.txt"], "--held-out: 'empty.txt' is empty"),
+    ([*NEW, "--held-out", "zeros.txt"], "the held-out text is nothing but separators"),
+    ([*NEW, "--held-out", "nowhere"], "--held-out: 'nowhere' does not exist"),
+    # --set
+    ([*NEW, "--set", "widht=64"], "--set: unknown 'widht'; did you mean 'width'? (accepted: alpha"),
+    ([*NEW, "--set", "vocabulary=9"], "--set: unknown 'vocabulary'"),
+    ([*NEW, "--set", "width"], "--set width: expected key=value"),
+    ([*NEW, "--set", ""], "expected key=value"),
+    ([*NEW, "--set", "width=1.5"], "--set width=1.5: width takes an integer"),
+    ([*NEW, "--set", "width="], "width takes an integer"),
+    ([*NEW, "--set", "a\nb=1"], "unknown 'a\\nb'"),
+    ([*NEW, "--set", "width=96"], "width=96: must be a multiple of 64, from 64 to 8192"),
+    ([*NEW, "--set", "width=0"], "width=0: must be a multiple of 64"),
+    ([*NEW, "--set", "population=3"], "population=3: must be an even number from 2"),
+    ([*NEW, "--set", "population=0"], "population=0: must be an even number from 2"),
+    ([*NEW, "--set", "population=" + "9" * 40], "must be an even number from 2"),
+    ([*NEW, "--set", "pairs_per_lane=3"], "pairs_per_lane=3: must divide the 2 pairs"),
+    ([*NEW, "--set", "seed=-1"], "seed=-1: must be from 0 to 18446744073709551615"),
+    ([*NEW, "--set", "seed=18446744073709551616"], "must be from 0 to 18446744073709551615"),
+    ([*NEW, "--set", "rank=2"], "rank=2: estimator=activation takes rank=1 alone; set estimator=weight"),
+    ([*NEW, "--set", "mlp=rely"], "unknown 'rely'; did you mean 'relu'?"),
+    ([*NEW, "--set", "segment=4096", "--set", "horizon=6"], "can overflow 32 bits: credit times inputs"),
+    # other flags of train
+    ([*NEW, "--engine", "xlaa"], "--engine: unknown 'xlaa'; did you mean 'xla'?"),
+    ([*NEW, "--chunk", "-1"], "--chunk -1: must be 0 or more"),
+    ([*NEW, "--keep", "0"], "--keep 0: must be 1 or more"),
+    ([*NEW, "--evaluate-every", "-1"], "--evaluate-every -1: must be 0 or more"),
+    ([*NEW, "--checkpoint-every", "x"], "--checkpoint-every x: expected an integer"),
+    ([*NEW, "--steps", "0"], "--steps 0: must be from 1 to 2147483647"),
+    ([*NEW, "--steps", "2147483648"], "--steps 2147483648: must be from 1 to 2147483647"),
+    ([*NEW, "--steps", "1e3"], "--steps 1e3: expected an integer"),
+    ([*NEW, "--minutes", "1"], "--steps and --minutes: give one of the two"),
+    *(
+        (
+            ["train", "tiny", "--data", "text.txt", "--run", "new", "--minutes", value],
+            f"--minutes {value}: must be",
+        )
+        for value in ("0", "-1", "abc", "nan", "1e9", "")
+    ),
+    # --run
+    *(([*TRAIN, "--run", name], f"--run {name!r}: is no name") for name in ("", ".", "..")),
+    ([*TRAIN, "--run", "./"], "--run .: exists and is no run (no config.json); choose another name"),
+    ([*TRAIN, "--run", "file"], "--run runs/file: exists and is no run"),
+    ([*TRAIN, "--run", "stranger"], "--run runs/stranger: exists and is no run"),
+    ([*TRAIN, "--run", "./text.txt"], "--run text.txt: exists and is no run"),
+    ([*TRAIN, "--run", "./text.txt/x"], "--run text.txt/x: cannot be made: Not a directory"),
+    ([*TRAIN, "--run", "text.txt/a\nb"], "--run text.txt/a b: cannot be made: Not a directory"),
+    ([*TRAIN, "--run", "x" * 300], "name too long"),
+    # resuming
+    (
+        [*GOOD, "--set", "seed=1", "--set", "layers=2"],
+        "eggroll.seed: run has 0, command line says 1; mod",
+    ),
+    ([*GOOD[:-2], "--steps", "3", "--run", "good"], "steps: run has 2, command line says 3"),
+    (["train", "--run", "good", "--minutes", "3"], 'minutes: run has "", command line says "3"'),
+    ([*GOOD, "--data", "short.txt"], 'text.data: run has "text.txt", command line says "short.txt"'),
+    # sample
+    *(
+        ([*SAMPLE, flag, value], f"{flag} {value}: {expected}")
+        for flag, value, expected in (
+            ("--temperature", "-0.1", "must be a number from 0 to 256"),
+            ("--temperature", "300", "must be a number from 0 to 256"),
+            ("--temperature", "hot", "must be a number from 0 to 256"),
+            ("--temperature", "nan", "must be a number from 0 to 256"),
+            ("--temperature", "", "must be a number from 0 to 256"),
+            ("--top-p", "1.1", "must be a number from 0 to 1"),
+            ("--top-p", "-0.000001", "must be a number from 0 to 1"),
+            ("--min-p", "2", "must be a number from 0 to 1"),
+            ("--top-k", "-1", "must be from 0 to 65536"),
+            ("--top-k", "1.5", "expected an integer"),
+            ("--tokens", "0", "must be from 1 to 2147483647"),
+            ("--count", "0", "must be from 1 to 65536"),
+            ("--count", "1" + "0" * 12, "must be from 1 to 65536"),
+            ("--seed", "-1", "must be from 0 to 18446744073709551615"),
+            ("--seed", "18446744073709551616", "must be from 0 to 18446744073709551615"),
+            ("--prompt-file", "nowhere", "No such file"),
+            ("--prompt-file", "empty", "Is a directory"),
+            ("--prompt-file", "", "Is a directory"),
+        )
+    ),
+    (
+        [*SAMPLE, "--prompt", "a", "--prompt-file", "text.txt"],
+        "--prompt and --prompt-file: give one of the two",
+    ),
+    ([*SAMPLE, "--engine", "refrence"], "--engine: unknown 'refrence'; did you mean 'reference'?"),
+    # runs that are none
+    *(
+        ([command, name], expected)
+        for command in ("sample", "eval", "audit")
+        for name, expected in (
+            ("god", "RUN: no run 'god'; did you mean good?"),
+            ("", "RUN: no run ''"),
+            (".", "RUN: 'runs' has no config.json"),
+            ("stranger", "RUN: 'runs/stranger' has no config.json"),
+            ("text.txt", "RUN: 'text.txt' is not a checkpoint of a run"),
+            ("x" * 300, "name too long"),
+        )
+    ),
+    (["audit", "tyni"], "(or a preset: tiny, small, medium, paper)"),
+    (["eval", "good", "--engine", "reference", "--data", "empty.txt"], "--data: 'empty.txt' is empty"),
+    (["eval", "good", "--data", "nowhere"], "--data: 'nowhere' does not exist"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"), COMMAND_LINES, ids=[" ".join(command)[-60:] for command, _ in COMMAND_LINES]
+)
+def test_a_bad_command_line(
+    here: Path, capsys: pytest.CaptureFixture[str], command: list[str], expected: str
+) -> None:
+    assert expected.lower() in refused(capsys, command).lower()
+
+
+def test_a_directory_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/proc/self").exists():
+        pytest.skip("needs /proc, which not even root can write to")
+    assert "--run /proc/x: cannot be made" in refused(capsys, [*TRAIN, "--run", "/proc/x"])
+
+
+def test_a_run_that_another_process_trains(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The run is made to look unfinished, since a finished one is not trained.
+    for path in sorted((copy / "runs/good/checkpoints").iterdir())[1:]:
+        path.unlink()
+    descriptor = os.open(copy / "runs/good", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert "runs/good: another process is training this run" in refused(capsys, GOOD)
+    finally:
+        os.close(descriptor)
+    assert main(GOOD) == 0
+
+
+def change_config(run: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((run / "config.json").read_bytes())
+    change(config)
+    (run / "config.json").write_text(json.dumps(config))
+
+
+CONFIGS: list[tuple[Callable[[dict], object], str]] = [
+    (lambda config: config.update(layers=3), "config.json: key: unknown 'layers'"),
+    (lambda config: config["eggroll"].update(sead=3), "key of eggroll: unknown 'sead'; did you mean 'seed'?"),
+    (lambda config: config["model"].pop("width"), "config.json: key model.width is missing"),
+    (lambda config: config.pop("text"), "config.json: key text is missing"),
+    (lambda config: config["model"].update(width="64"), "key model.width='64' must be of type int"),
+    (lambda config: config["model"].update(width=64.0), "key model.width=64.0 must be of type int"),
+    (lambda config: config["model"].update(width=True), "key model.width=True must be of type int"),
+    (lambda config: config["model"].update(width=65), "config.json: width=65: must be a multiple of 64"),
+    (lambda config: config["model"].update(vocabulary=300), "the run's tokenizer (bytes) has 256 tokens"),
+    (lambda config: config.update(text=[]), "config.json: text must be an object"),
+    (lambda config: config.update(steps=0), "config.json: key steps=0: must be from 1"),
+    (lambda config: config.update(steps=1 << 40), "key steps=1099511627776: must be from 1 to 2147483647"),
+    (
+        lambda config: config["eggroll"].update(seed=9),
+        "is of another configuration than the run's config.json",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), CONFIGS, ids=[expected for _, expected in CONFIGS])
+def test_a_changed_configuration(
+    copy: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict], object],
+    expected: str,
+) -> None:
+    change_config(copy / "runs/good", change)
+    for command in (["train", "--run", "good"], ["sample", "good"], ["eval", "good"]):
+        assert expected in refused(capsys, command)
+
+
+def rewrite(path: Path, change: Callable[[Checkpoint], object]) -> None:
+    """Change a checkpoint with its checksum put right."""
+    content = checkpoint.read(path)
+    change(content)
+    checkpoint.write(path, content)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def later_version(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
+
+
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: truncate(path, 0), "truncated"),
+    (lambda path: truncate(path, 100), "truncated"),
+    (lambda path: truncate(path, -1), "truncated"),
+    (lambda path: flip(path, -1), "damaged: its content does not match its SHA-256"),
+    (lambda path: flip(path, 0), "step-00000002.safetensors"),
+    (lambda path: path.write_text(words(2)), "not a safetensors file"),
+    (later_version, "is of format version 2; this intlm reads up to 1: update intlm"),
+    (
+        lambda path: rewrite(path, lambda saved: saved.meta.update(tokenizer="0" * 64)),
+        "was written with another tokenizer than the run's (bytes)",
+    ),
+    (lambda path: rewrite(path, lambda saved: saved.meta.clear()), "another tokenizer"),
+    (lambda path: rewrite(path, lambda saved: saved.meta.pop("config")), "its meta lacks the configuration"),
+    (lambda path: rewrite(path, lambda saved: saved.meta.update(config=[1])), "its meta lacks the config"),
+    (lambda path: rewrite(path, lambda saved: saved.meta.pop("corpus")), "the digest of the corpus"),
+    (lambda path: rewrite(path, lambda saved: saved.meta.pop("step")), "its step, None, is no count"),
+    (
+        lambda path: rewrite(path, lambda saved: saved.meta.update(position=-1)),
+        "its position, -1, is no count",
+    ),
+    (
+        lambda path: rewrite(path, lambda saved: saved.arrays.pop("head_bias")),
+        "array 'head_bias' is missing",
+    ),
+    (
+        lambda path: rewrite(path, lambda saved: saved.arrays.update(more=np.zeros(1, np.int8))),
+        "array 'more' is not one of this model's",
+    ),
+    (
+        lambda path: rewrite(path, lambda saved: saved.arrays.update(head_bias=np.zeros(9, np.int16))),
+        "array 'head_bias' is int16 (9,); this model takes int16 (256,)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES, ids=[expected for _, expected in DAMAGES])
+def test_a_damaged_checkpoint(
+    copy: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], expected: str
+) -> None:
+    damage(copy / LAST)
+    for command in (GOOD, ["train", "--run", "good"], ["sample", "good"], ["eval", "good"], ["sample", LAST]):
+        line = refused(capsys, command)
+        assert "step-00000002.safetensors" in line
+        assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", "{", "config.json: damaged: not JSON"),
+        ("config.json", "[]", "config.json: damaged: not a JSON object"),
+        ("tokenizer.json", "{", "tokenizer.json': damaged: not JSON"),
+        ("tokenizer.json", "{}", "tokenizer.json': damaged: no 'kind' in it (accepted: "),
+        ("tokenizer.json", '{"kind": "byte"}', "kind: unknown 'byte'; did you mean 'bytes'?"),
+        ("tokenizer.json", None, "tokenizer.json': no tokenizer can be read here: No such file"),
+    ],
+)
+def test_a_damaged_file_of_a_run(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, expected: str
+) -> None:
+    path = copy / "runs/good" / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    for command in (GOOD, ["sample", "good"], ["eval", "good"]):
+        assert expected in refused(capsys, command)
+
+
+def test_a_damaged_metrics_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / LAST).unlink()
+    path = copy / "runs/good/metrics.jsonl"
+    path.write_bytes(b"nonsense\n" + path.read_bytes())
+    assert "metrics.jsonl: line 1 is damaged" in refused(capsys, GOOD)
+
+
+def test_a_changed_corpus(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "text.txt").write_text(words(3))
+    assert "--data text.txt: the text has changed since" in refused(capsys, GOOD)
+    assert "text.txt: the text has changed since the run good" in refused(
+        capsys, ["eval", "good", *SMALL[:2]]
+    )
+
+
+def test_a_run_without_a_checkpoint(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy / "runs/good/checkpoints")
+    for command in ("sample", "eval"):
+        assert "RUN: 'good' has no checkpoint yet" in refused(capsys, [command, "good"])
+
+
+def test_what_is_left_of_a_run_cut_short_while_it_was_made(copy: Path) -> None:
+    left = copy / "runs/half"
+    (left / "checkpoints").mkdir(parents=True)
+    (left / "tokenizer.json").write_bytes(b"")
+    (left / "config.json.tmp").write_bytes(b"{")
+    assert main([*TRAIN, "--run", "half"]) == 0
+
+
+def run(command: str, **options: object) -> subprocess.CompletedProcess[bytes]:
+    """A shell command in which `intlm` is the command line."""
+    line = f'intlm() {{ "{sys.executable}" -m intlm "$@"; }}; {command}'
+    return subprocess.run(["bash", "-c", line], capture_output=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "sample good --engine reference", "eval good --engine reference"]
+)
+def test_a_full_device(here: Path, command: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    done = run(f"intlm {command} > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == b"intlm: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["--help", "sample good --engine reference --tokens 3000"])
+def test_a_reader_that_goes_away(here: Path, command: str) -> None:
+    done = run(f"intlm {command} | head -c 1; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_closed_streams(here: Path) -> None:
+    done = run("intlm sample good --engine reference --tokens 3 --prompt - <&- >&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert run("intlm train --run good <&- >&- 2>&-").returncode == 0
+    assert run("intlm sample none <&- >&- 2>&-").returncode == 2
+
+
+def test_a_terminal_that_lacks_the_characters(here: Path) -> None:
+    done = run("PYTHONIOENCODING=ascii intlm sample good --engine reference --prompt é")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"?")
+
+
+def test_too_little_memory(here: Path) -> None:
+    done = run(
+        "ulimit -v 4000000; intlm train tiny --engine reference --data text.txt --run new "
+        "--set width=8192 --set layers=200"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"intlm: not enough memory: ")
+    assert done.stderr.count(b"\n") == 1
