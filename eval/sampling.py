@@ -1,9 +1,11 @@
 """Sampling with integers: temperature, top-k, top-p and min-p on the model's logits."""
 
 import codecs
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
 import numpy as np
 
@@ -59,7 +61,8 @@ def fixed(text: str, fraction_bits: int, flag: str, high: int = 1) -> int:
     try:
         value = Decimal(text)
         if value.is_finite() and 0 <= value <= high:
-            return int(value * (1 << fraction_bits))
+            # A fraction is exact; one with millions of digits would never be done.
+            return math.floor(Fraction(value) * (1 << fraction_bits)) if value.adjusted() > -30 else 0
     except InvalidOperation:
         pass
     raise InputError(f"{flag} {text}: must be a number from 0 to {high}, such as 0.8")
@@ -69,7 +72,7 @@ def draw(config: SamplingConfig, logits_NxV: Array, random_N: Array) -> Array:
     """A token for each row: int32 [N], from logits in 1/256 bit (int16 [N, V]) and uint32 random words [N].
 
     Weights are 2**(logit / temperature), from the table of the softmax, relative to the likeliest token. Ties
-    are broken by token number. The weights' sum stays below 2**33 and is multiplied by 31 random bits.
+    are broken by token number. The weights' sum is at most 2**32 and is multiplied by 31 random bits.
     """
     xp = namespace(logits_NxV)
     vocabulary = logits_NxV.shape[-1]

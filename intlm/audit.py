@@ -45,6 +45,8 @@ def trace(stage: str, function: Callable[..., Any], *arguments: Any) -> Counter[
     found: Counter[Operation] = Counter()
     for value in (*closed.jaxpr.invars, *closed.jaxpr.constvars):
         found[Operation(stage, "argument", (), (_dtype(value),))] += 1
+    for value in closed.jaxpr.outvars:
+        found[Operation(stage, "result", (_dtype(value),), ())] += 1
     for equation in _equations(closed.jaxpr):
         inputs = tuple(sorted({_dtype(value) for value in equation.invars}))
         outputs = tuple(sorted({_dtype(value) for value in equation.outvars}))
@@ -88,10 +90,10 @@ def audit(
         statistics = {name: np.zeros(value.shape, value.dtype) for name, value in shapes[1].items()}
     size = np.int64(0)
     logits = np.zeros((pairs, model_config.vocabulary), np.int16)
-    # JAX arrays make the code that NumPy could run as well be traced.
+    # JAX arrays make the code that NumPy could run as well be traced; a lambda, that it is traced each time.
     found = trace("initialisation", lambda k: model.initial_masters(model_config, k), jnp.asarray(key))
-    found += trace("step key", eggroll.step_key, jnp.asarray(key), np.uint32(0))
-    found += trace("weights", model.parameters, masters, bias)
+    found += trace("step key", lambda *values: eggroll.step_key(*values), jnp.asarray(key), np.uint32(0))
+    found += trace("weights", lambda *values: model.parameters(*values), masters, bias)
     found += trace(
         "population step", engine._population_slice, parameters, key, scales, tokens, state, np.int32(0)
     )
@@ -106,7 +108,11 @@ def audit(
         scales, statistics,
     )  # fmt: skip
     found += trace("forward", engine._forward_all, parameters, tokens, state)
-    found += trace("log-likelihood", fixedpoint.log_likelihood, logits, np.zeros(pairs, np.int32))
+    found += trace(
+        "log-likelihood",
+        lambda *values: fixedpoint.log_likelihood(*values),
+        logits, np.zeros(pairs, np.int32),
+    )  # fmt: skip
     if sampler is not None:
         found += trace("sampling", sampler, logits, np.zeros(pairs, np.uint32))
     return found

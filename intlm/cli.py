@@ -116,7 +116,13 @@ def _write(text: str) -> None:
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="intlm", description="Pretrain language models with integers only.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    known = {"train": _add_train, "sample": _add_sample, "eval": _add_eval, "audit": _add_audit}
+    known = {
+        "train": _add_train,
+        "sample": _add_sample,
+        "eval": _add_eval,
+        "audit": _add_audit,
+        "bench": _add_bench,
+    }
     # argparse would list the commands without naming the nearest.
     if words and not words[0].startswith("-") and words[0] not in known:
         raise unknown("command", words[0], known)
@@ -293,12 +299,36 @@ def _add_audit(commands: Any, name: str, describe: bool) -> None:
     command.set_defaults(command=_audit)
 
 
+def _add_bench(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="throughput of the engines, in one run",
+        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine.",
+    )
+    add = command.add_argument
+    add("preset", nargs="?", default="small", metavar="PRESET", help="tiny, small, medium or paper")
+    add(
+        "--engine",
+        dest="engines",
+        action="append",
+        metavar="NAME",
+        help="an engine to measure; may be given again (default: xla, and native where there is one)",
+    )
+    add("--population", dest="populations", action="append", type=_integer("--population"), metavar="N",
+        help="a population to measure with; may be given again (default: the preset's)")  # fmt: skip
+    add("--set", dest="settings", action="append", metavar="KEY=VALUE", help="as for train", default=[])
+    add("--seconds", type=_integer("--seconds"), default=2, metavar="S", help="seconds a figure and round")
+    add("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_bench)
+
+
 def _add_engine(add: Any) -> None:
     add(
         "--engine",
         default="auto",
         metavar="NAME",
-        help="auto (the fastest here), native, xla or reference; all give the same bits",
+        help="auto, native, xla or reference; all give the same bits",
     )
 
 
@@ -448,3 +478,26 @@ def _audit(parsed: argparse.Namespace) -> int:
     else:
         _write(f"{table(found)}\n{sum(found.values()):,} operations, {floats} with a float\n")
     return 1 if floats else DONE
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from eval.throughput import measure, table
+    from intlm.engine.native import available_isas
+    from train.config import TextConfig, resolve_config
+
+    config = resolve_config(parsed.preset, parsed.settings, TextConfig(), 256)
+    if not 0 <= parsed.seconds <= 3600:
+        raise InputError(f"--seconds {parsed.seconds}: must be from 0 to 3600")
+    engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
+    populations = parsed.populations or [config.eggroll.population]
+
+    def say(line: str) -> None:
+        if sys.stderr.isatty():
+            print(line, file=sys.stderr)
+
+    results = measure(config.model, config.eggroll, engines, populations, parsed.seconds, say)
+    if parsed.json:
+        _write(json.dumps([result.as_dict() for result in results], indent=2) + "\n")
+    else:
+        _write(table(results) + "\n")
+    return DONE

@@ -168,11 +168,11 @@ def check_bounds(model: ModelConfig, eggroll: EggrollConfig) -> None:
         sums = {
             "matmul over the MLP (4 * width)": square * widest + site,
             "gate and candidate (two matmuls of width)": recurrent + site,
-            "credit times inputs over a segment": eggroll.segment * reward_limit(eggroll) * 2 * limit,
+            # Rounding B adds half of 2**shift, and the shift is at most 30.
+            "credit times inputs over a segment": eggroll.segment * reward_limit(eggroll) * 2 * limit + (1 << 29),
             "votes over the population": eggroll.pairs * limit,
         }
     else:
-        noise = limit if eggroll.noise == "rademacher" else fixedpoint.GAUSSIAN_LIMIT
         unit = 1 if eggroll.noise == "rademacher" else fixedpoint.GAUSSIAN_LIMIT
 
         def perturbation(width: int) -> int:
@@ -184,7 +184,7 @@ def check_bounds(model: ModelConfig, eggroll: EggrollConfig) -> None:
         sums = {
             "matmul over the MLP (4 * width), perturbed": square * widest + perturbation(widest),
             "gate and candidate, perturbed": recurrent + 2 * perturbation(model.width),
-            "votes over the population": eggroll.pairs * eggroll.rank * limit * noise,
+            "votes over the population": eggroll.pairs * eggroll.rank * limit * unit,
             "score differences over a segment": eggroll.segment * 16 * 1024,
         }
     for what, bound in sums.items():

@@ -169,7 +169,8 @@ def fitness(config: EggrollConfig, difference_N: Array, mean: Array) -> Array:
     """Fitness q of each pair from its score difference d over the segment: int8 [N].
 
     difference_N: int32 [N]; mean: int32, the mean |d| of the step before, at least 1. `sign`: -1, 0 or 1.
-    `graded`: 32 d / mean, clipped to +-96.
+    `graded`: d * floor(2**21 / mean) / 2**16, which is 32 d / mean as
+    long as the mean is far below 2**21, clipped to +-96.
     """
     xp = namespace(difference_N)
     if config.fitness == "sign":
@@ -261,7 +262,7 @@ def update(
     votes: int32; step_size, quantile: int64 scalars, from `schedule`. `linear`: `master += (votes * m + half)
     >> 24` with m = step size * 2**16 / deviation; `threshold`: a weight moves by one int8 step where |votes|
     passes quantile * deviation. The deviation is the one that the votes would have if fitness were noise.
-    The product stays below 2**62 (docs/numerics.md).
+    The product stays below 2**63 (docs/numerics.md).
     """
     xp = namespace(step_size)
     limit = fixedpoint.MASTER_LIMIT

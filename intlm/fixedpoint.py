@@ -37,7 +37,7 @@ EXP2_FRACTION_BITS = 24
 SUM_BLOCK = 64
 """Terms summed in one 32-bit word: 64 terms of at most 2**24 make at most 2**30."""
 
-LOG2_MANTISSA_BITS = 10
+LOG2_MANTISSA_BITS = 11
 
 
 def namespace(x: Array) -> Any:
@@ -69,7 +69,7 @@ def matmul_shift(width: int) -> int:
 
 
 def round_masters(master: Array) -> Array:
-    """Int8 weights from masters (int16, Q8 of a weight step), rounded to the nearest."""
+    """Int8 weights from masters (int16, Q8 of a weight step, within +-MASTER_LIMIT), rounded to the nearest."""
     xp = namespace(master)
     return rounding_shift(master.astype(xp.int32), MASTER_FRACTION_BITS).astype(xp.int8)
 
@@ -79,13 +79,14 @@ def normalize(x: Array, weight: Array) -> Array:
 
     x: int8 [..., D], Q4; weight: int8, broadcastable to x, Q4. Returns int8 [..., D], Q4.
     `saturate((x * weight * reciprocal[mean|x|]) >> 16)`; the product is at most 127 * 127 * 65536 < 2**31.
-    The mean is `(sum|x| * floor(2**24 / D)) >> 24`, which needs no division and is at most 127.
+    The mean is `(sum|x| * ceil(2**24 / D)) >> 24`, which needs no division, is at most 127, and is exact where
+    D is a power of two or divides the sum; the product is at most 127 * (2**24 + D) < 2**31.
     """
     xp = namespace(x)
     width = x.shape[-1]
     wide = x.astype(xp.int32)
     total = xp.sum(xp.abs(wide), axis=-1, keepdims=True, dtype=xp.int32)
-    mean = (total * np.int32((1 << 24) // width)) >> 24
+    mean = (total * np.int32(-(-(1 << 24) // width))) >> 24
     reciprocal = xp.asarray(reciprocal_table())[mean]
     return saturate((wide * weight.astype(xp.int32) * reciprocal) >> 16)
 
@@ -124,7 +125,7 @@ def log2_sum_exp2(logits: Array) -> Array:
     Exactly: the maximum m is taken out; each term 2**((logit - m) / 256) is a table entry in Q24, shifted
     with rounding; 64 terms are summed in one word of 32 bits, and the words of all blocks are split into 15
     low bits and the rest, so that no sum passes 2**31. log2 is the position of the highest bit plus a table
-    over the ten bits after it. The result is within 1/256 bit of the exact value (a test proves it).
+    over the eleven bits after it. The result is within 1/256 bit of the exact value (a test proves it).
     """
     xp = namespace(logits)
     logits = logits.astype(xp.int32)
@@ -140,7 +141,7 @@ def log2_sum_exp2(logits: Array) -> Array:
     low = xp.sum(words & 0x7FFF, axis=-1, dtype=xp.int32)
     high = xp.sum(words >> 15, axis=-1, dtype=xp.int32) + (low >> 15)
     low = low & 0x7FFF
-    # Where the sum passes 31 bits its 15 low bits no longer matter to a mantissa of ten.
+    # Where the sum passes 31 bits its 15 low bits no longer matter to a mantissa of eleven.
     large = high >= (1 << 16)
     mantissa = xp.where(large, high, (high << 15) | low)
     exponent = floor_log2(mantissa)
@@ -194,13 +195,13 @@ def exp2_table() -> np.ndarray:
 
 @cache
 def log2_table() -> np.ndarray:
-    """[1024] int32, in 1/256 bit: round(256 * log2(1 + (i + 1/2) / 1024)), the middle of each cell.
+    """[2048] int32, in 1/256 bit: round(256 * log2(1 + (i + 1/2) / 2048)), the middle of each cell.
 
     log2(y) * 512 is the bit length of y**512: exact in big integers.
     """
 
     def entry(i: int) -> int:
-        halves = ((2 * i + 2049) ** 512).bit_length() - 1 - 11 * 512
+        halves = ((2 * i + 4097) ** 512).bit_length() - 1 - 12 * 512
         return (halves + 1) >> 1
 
     return _frozen([entry(i) for i in range(1 << LOG2_MANTISSA_BITS)], np.int32)
@@ -254,7 +255,7 @@ ACTIVATIONS = {
 
 
 def activate(x: Array, name: str) -> Array:
-    """Apply an activation to int8 `x` of any shape. The piecewise-linear ones need no table."""
+    """Apply an activation to int8 `x` in [-127, 127], of any shape. The piecewise-linear ones need no table."""
     xp = namespace(x)
     if name == "identity":
         return x
@@ -315,7 +316,7 @@ def gaussian_table() -> np.ndarray:
 
 
 GAUSSIAN_LIMIT = 67
-"""No rounded Gaussian number of Q4 is larger: a 16-bit number has no rarer tail than 2**-16."""
+"""Rounded Gaussian numbers of Q4 are clipped here: a 16-bit number resolves no rarer tail than 2**-16."""
 
 
 def normal_tail_quantile(alpha: int) -> int:

@@ -113,7 +113,8 @@ def head_bias(counts_V: np.ndarray) -> np.ndarray:
     biases = []
     for count in counts.tolist():
         exponent = count.bit_length() - 1
-        mantissa = (count << 10 >> exponent) & 1023
+        bits = fixedpoint.LOG2_MANTISSA_BITS
+        mantissa = (count << bits >> exponent) & ((1 << bits) - 1)
         biases.append((exponent << 8) + int(fixedpoint.log2_table()[mantissa]))
     bias = np.array(biases, np.int64)
     bias += HEAD_BIAS_TOP - bias.max()

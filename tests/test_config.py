@@ -186,12 +186,12 @@ def test_the_number_of_weights(config):
         (
             {"width": 64},
             {"segment": 4096, "horizon": 3},
-            "credit times inputs over a segment can reach 4269735936",
+            "credit times inputs over a segment can reach 4806606848",
         ),
         (
             {"width": 64},
             {"segment": 2048, "horizon_recurrent": 6},
-            "credit times inputs over a segment can reach 17078943744",
+            "credit times inputs over a segment can reach 17615814656",
         ),
         (
             {"width": 8192},

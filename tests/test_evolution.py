@@ -78,8 +78,8 @@ def contents(state):
 # --- golden -------------------------------------------------------------------------------------------------
 
 GOLDEN = {
-    "activation": "9b0664c154b883e91a0fcee128c5b8b1f5f920b90c0621aadccb58a21100eaf9",
-    "weight": "ebe589054959bd4b41174de5999e95d2330cd7c0d93e32db2fb8b4e2421cc054",
+    "activation": "b9f58a90307f8029c40c3babe632afa2a1a65e59882cb998fcbf66001a988731",
+    "weight": "5e27e9052561a320c56593aaeabc3b8457919fcd9b74a4c89228aee016556238",
     "paper": "1bb6960886e50b4c5ac5d926698d6a787b2d2c47f88d2643bab361350a99033e",
 }
 
