@@ -18,6 +18,9 @@ ACCUMULATOR_LIMIT = (1 << 31) - 1
 CREDIT_LIMIT = 512
 """A token's credit is clipped to +-512 (2 bits of log-likelihood in 1/256 bit)."""
 
+STEP_SIZE_LIMIT = 1 << 12
+"""No step size is larger: 16 int8 steps for a vote of one standard deviation."""
+
 FITNESS_UNIT = 32
 """A graded fitness of 32 is one mean |d|; it is clipped at three."""
 
@@ -76,8 +79,9 @@ class EggrollConfig:
     """`graded` (difference over its mean magnitude, clipped at 3) or `sign` (estimator `weight`)."""
     update: str = "linear"
     """`linear` (masters move by votes) or `threshold` (a weight moves by 1 where votes are large)."""
-    step_size: int = 154
-    """First step size in 1/256 of an int8 weight step, for a vote of one standard deviation."""
+    step_size: int = 0
+    """First step size in 1/256 of an int8 weight step, for a vote of one standard deviation; 0 chooses it by
+    the length of the run, the population, the segment and the width."""
     step_head: int = 2
     """The head's step size, as a multiple of `step_size`."""
     step_embedding: int = 3
@@ -124,7 +128,7 @@ class EggrollConfig:
             )
         _within("segment", self.segment, 1, 4096)
         _within("rank", self.rank, 1, 16)
-        _within("step_size", self.step_size, 0, 1 << 12)
+        _within("step_size", self.step_size, 0, STEP_SIZE_LIMIT)
         for name in ("step_head", "step_embedding", "step_norm"):
             _within(name, getattr(self, name), 0, 64)
         _within("alpha", self.alpha, 0, 1 << 16)
@@ -169,7 +173,8 @@ def check_bounds(model: ModelConfig, eggroll: EggrollConfig) -> None:
             "matmul over the MLP (4 * width)": square * widest + site,
             "gate and candidate (two matmuls of width)": recurrent + site,
             # Rounding B adds half of 2**shift, and the shift is at most 30.
-            "credit times inputs over a segment": eggroll.segment * reward_limit(eggroll) * 2 * limit + (1 << 29),
+            "credit times inputs over a segment": eggroll.segment * reward_limit(eggroll) * 2 * limit
+            + (1 << 29),
             "votes over the population": eggroll.pairs * limit,
         }
     else:

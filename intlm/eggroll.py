@@ -7,10 +7,12 @@ losses that follow it closely; docs/algorithm.md derives both.
 The functions on arrays are written once, against the array API that NumPy and JAX share.
 """
 
+import math
+
 import numpy as np
 
 from intlm import fixedpoint, noise
-from intlm.config import CREDIT_LIMIT, FITNESS_UNIT, EggrollConfig, ModelConfig
+from intlm.config import CREDIT_LIMIT, FITNESS_UNIT, STEP_SIZE_LIMIT, EggrollConfig, ModelConfig
 from intlm.fixedpoint import Array, namespace, rounding_shift, saturate
 from intlm.model import LAYER_MATRICES, LAYER_NORMS, TRAINED
 
@@ -238,13 +240,31 @@ def _inputs(model: ModelConfig, name: str) -> int:
 # --- update -------------------------------------------------------------------------------------------
 
 
-def schedule(config: EggrollConfig, step: int, steps: int) -> tuple[int, int]:
+STEP_SIZE = {"activation": 154, "weight": 127}
+"""The step size, in 1/256 of an int8 step, that suits 10 million member-tokens, 32,768 a step, at width 64."""
+
+
+def first_step_size(config: EggrollConfig, model: ModelConfig, steps: int) -> int:
+    """The step size at the start of a run of `steps` steps, in 2**-16 of an int8 weight step.
+
+    Where the configuration leaves it open: proportional to the square root of the member-tokens of a step (the
+    signal of a vote), and to the fourth root of 10 million over the member-tokens of the run and of 64 over the
+    width (fitted to runs; docs/experiments.md).
+    """
+    if config.step_size:
+        return config.step_size << 8
+    tokens = config.population * config.segment
+    fourth_power = STEP_SIZE[config.estimator] ** 4 * tokens * (10**7 << 8) // (steps * model.width)
+    return min(math.isqrt(math.isqrt(fourth_power)), STEP_SIZE_LIMIT << 8)
+
+
+def schedule(config: EggrollConfig, model: ModelConfig, step: int, steps: int) -> tuple[int, int]:
     """(step size in 2**-16 of an int8 weight step, threshold quantile in Q8) at a step of a run of `steps`.
 
     The step size, and the threshold update's alpha, fall linearly to 0 over the run.
     """
     left = max(0, steps - step)
-    size = (config.step_size << 8) * left // steps
+    size = first_step_size(config, model, steps) * left // steps
     return size, fixedpoint.normal_tail_quantile(config.alpha * left // steps)
 
 

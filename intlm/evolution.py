@@ -61,7 +61,7 @@ class Evolution:
         votes, statistics, recurrent = self.engine.population_step(
             parameters, key, scales, tokens, state.recurrent
         )
-        size, quantile = eggroll.schedule(self.config, state.step, self.steps)
+        size, quantile = eggroll.schedule(self.config, self.model, state.step, self.steps)
         masters = self._update(state.masters, votes, statistics, np.int64(size), np.int64(quantile))
         scales = self._next_scales(scales, statistics)
         return EvolutionState(masters, state.head_bias, recurrent, scales, state.step + 1), statistics

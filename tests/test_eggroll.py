@@ -351,7 +351,7 @@ def test_where_fitness_is_chance_a_master_moves_by_the_step_size(name):
     votes, statistics = pure_noise(config, config.pairs, rng)
     masters = {n: np.zeros(v.shape, np.int16) for n, v in votes.items()}
     votes = {n: v.astype(np.int32) for n, v in votes.items()}
-    size, quantile = eggroll.schedule(config, 0, 10)
+    size, quantile = eggroll.schedule(config, SMALL, 0, 10)
     found = eggroll.update(config, SMALL, masters, votes, statistics, np.int64(size), np.int64(quantile))
     for n, value in found.items():
         value = value.astype(float)
@@ -361,7 +361,7 @@ def test_where_fitness_is_chance_a_master_moves_by_the_step_size(name):
             assert abs(share / (config.alpha / 65536) - 1) < (0.25 if n == "head" else 1.0)
             assert set(np.abs(value[value != 0])) == {256}
         else:
-            expected = config.step_size * (config.step_head if n == "head" else config.step_norm)
+            expected = (size >> 8) * (config.step_head if n == "head" else config.step_norm)
             assert abs(np.sqrt(np.mean(value**2)) / expected - 1) < tolerance
 
 
@@ -373,8 +373,24 @@ def test_the_schedule_falls_linearly_to_zero(steps):
     config = EggrollConfig(step_size=154, alpha=3277)
     for step in {0, 1, 2, steps // 2, steps - 1, steps, steps + 5}:
         left = max(0, steps - step)
-        size, quantile = eggroll.schedule(config, step, steps)
+        size, quantile = eggroll.schedule(config, SMALL, step, steps)
         assert size == 154 * 256 * left // steps
         assert quantile == fixedpoint.normal_tail_quantile(3277 * left // steps)
-    assert eggroll.schedule(config, 0, steps)[0] == 154 << 8
-    assert eggroll.schedule(config, steps, steps) == (0, 1152)
+    assert eggroll.schedule(config, SMALL, 0, steps)[0] == 154 << 8
+    assert eggroll.schedule(config, SMALL, steps, steps) == (0, 1152)
+
+
+@pytest.mark.parametrize("estimator", ["activation", "weight"])
+def test_an_open_step_size_follows_its_rule(estimator):
+    def first(population=1024, segment=32, width=64, steps=305):
+        config = EggrollConfig(estimator=estimator, population=population, segment=segment)
+        return eggroll.first_step_size(config, ModelConfig(width=width), steps)
+
+    base = eggroll.STEP_SIZE[estimator] << 8
+    assert abs(first() / base - 1) < 0.001  # 305 steps of 32,768 member-tokens are 10 million
+    assert abs(first(steps=305 * 16) / base - 1 / 2) < 0.001
+    assert abs(first(population=4096, steps=305) / base - 4 ** (1 / 4)) < 0.001  # also four times the tokens
+    assert abs(first(width=1024) / base - 1 / 2) < 0.001
+    assert first(population=1 << 24, segment=4096, steps=1) == 4096 << 8
+    given = EggrollConfig(estimator=estimator, step_size=7)
+    assert eggroll.first_step_size(given, ModelConfig(), 99) == 7 << 8

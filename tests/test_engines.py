@@ -153,7 +153,7 @@ def test_scales_and_update_give_the_same_bits_after_a_step(case):
             name: extremes(rng, shape, -32512, 32512).astype(np.int16)
             for name, shape in model.shapes(config).items()
         }
-        size, quantile = eggroll.schedule(eggroll_config, seed, 5)
+        size, quantile = eggroll.schedule(eggroll_config, config, seed, 5)
         found = [
             (
                 next_scales(arguments[2], statistics),

@@ -130,7 +130,7 @@ def test_a_step_is_what_its_parts_make(estimator):
         votes, counts, recurrent = engine.population_step(
             model.parameters(before.masters, before.head_bias), key, before.scales, tokens, before.recurrent
         )
-        size, quantile = eggroll.schedule(config, number, STEPS)
+        size, quantile = eggroll.schedule(config, MODEL, number, STEPS)
         masters = eggroll.update(
             config, MODEL, before.masters, votes, counts, np.int64(size), np.int64(quantile)
         )

@@ -53,7 +53,7 @@ _SECTIONS: dict[str, type] = {"model": ModelConfig, "eggroll": EggrollConfig, "t
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"width": 64, "layers": 1, "population": 64, "segment": 16},
     "small": {},
-    "medium": {"width": 128, "layers": 4, "step_size": 128},
+    "medium": {"width": 128, "layers": 4},
     "paper": {
         "width": 256,
         "layers": 6,
@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 laptop for an evening; `paper`: the size and the algorithm of arXiv 2511.16652."""
 
 
-WEIGHT_DEFAULTS = {"segment": 16, "step_size": 90, "step_embedding": 4}
+WEIGHT_DEFAULTS = {"segment": 16, "step_embedding": 4}
 """Defaults that differ under `estimator=weight`, whose signal is spread over all weights of a segment."""
 
 
