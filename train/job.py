@@ -102,7 +102,7 @@ class Job:
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
-        return asked or max(1, self.config.steps // EVALUATIONS)
+        return asked or -(-self.config.steps // EVALUATIONS)
 
     def save(self, state: EvolutionState) -> Path:
         """Write a checkpoint of `state`, which the lanes stand behind, and drop old ones."""
