@@ -343,6 +343,7 @@ def _integer(flag: str) -> Any:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from intlm.engine.native import why_not_fast
     from train.job import Request, prepare
     from train.loop import StopSignal, train
     from train.report import Report
@@ -365,6 +366,8 @@ def _train(parsed: argparse.Namespace) -> int:
             f"{job.engine.name}; {sum(map(len, job.text.train)):,} bytes of text in {len(job.text.train):,} "
             f"documents, {sum(map(len, job.text.held_out)):,} held out"
         )
+        if parsed.engine == "auto" and job.engine.name != "native":
+            print(f"intlm: {why_not_fast()}", file=sys.stderr)
         if job.state.step >= config.steps:
             _write(
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"

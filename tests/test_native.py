@@ -97,6 +97,7 @@ def test_auto_takes_the_native_engine_where_it_is_fast(monkeypatch):
     assert fast == ("native" if native.is_fast() else "xla")
     monkeypatch.setattr(native, "library", lambda: None)
     assert make_engine("auto", config, eggroll_config).name == "xla"
+    assert "C++ compiler" in native.why_not_fast()
     with pytest.raises(InputError, match="no C\\+\\+ compiler"):
         make_engine("native", config, eggroll_config)
 
