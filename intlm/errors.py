@@ -15,6 +15,6 @@ class InputError(Exception):
 def unknown(what: str, value: str, accepted: Iterable[str]) -> InputError:
     """An `InputError` for a name that is not among those accepted, with the nearest one suggested."""
     names = sorted(accepted)
-    near = difflib.get_close_matches(value, names, n=1)
+    near = difflib.get_close_matches(value.lower(), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return InputError(f"{what}: unknown {value!r}{hint} (accepted: {', '.join(names)})")

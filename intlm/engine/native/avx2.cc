@@ -36,10 +36,6 @@ INLINE v16 widen(const int16_t *p) {
   for (int i = 0; i < 2; ++i) x.parts[i] = (part)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i)));
   return x;
 }
-template <class T>
-INLINE void narrow(T *p, v16 x) {
-  for (int i = 0; i < 16; ++i) p[i] = T(x[i]);
-}
 INLINE v16 exp2_sum(const int32_t *table, const int16_t *logits, int count, v16 top) {
   return exp2_sum_by_lookup(
       logits, count, top, [&](v16 i) { return lookup(table, i); }, [](const int16_t *p) { return widen(p); });

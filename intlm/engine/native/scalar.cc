@@ -24,10 +24,6 @@ INLINE v16 widen(const T *p) {
   for (int i = 0; i < 16; ++i) x[i] = p[i];
   return x;
 }
-template <class T>
-INLINE void narrow(T *p, v16 x) {
-  for (int i = 0; i < 16; ++i) p[i] = T(x[i]);
-}
 INLINE v16 exp2_sum(const int32_t *table, const int16_t *logits, int count, v16 top) {
   return exp2_sum_by_lookup(
       logits, count, top, [&](v16 i) { return lookup(table, i); }, [](const int16_t *p) { return widen(p); });
