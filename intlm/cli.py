@@ -443,17 +443,15 @@ def _prompt(parsed: argparse.Namespace) -> bytes:
 
 def _eval(parsed: argparse.Namespace) -> int:
     from eval.report import evaluate
-    from intlm import checkpoint
     from intlm.engine.engine import make_engine
     from train.job import load_model
     from train.run import find_checkpoint
 
     run, path = find_checkpoint(parsed.run)
-    config, tokenizer, parameters, step = load_model(run, path)
+    config, tokenizer, parameters, meta = load_model(run, path)
     engine = make_engine(parsed.engine, config.model, config.eggroll)
     data = getattr(parsed, "data", None)
-    digest = checkpoint.read(path).meta["corpus"]
-    result = evaluate(run.name, step, config, engine, parameters, tokenizer, data, digest)
+    result = evaluate(run.name, meta["step"], config, engine, parameters, tokenizer, data, meta["corpus"])
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
     return DONE
 

@@ -158,14 +158,13 @@ def prepare(request: Request, say: Any) -> Job:
         run = Run.create(directory, config.as_dict(), files)
     resumed = False
     if latest := run.latest():
-        state, position = restore(latest, config, tokenizer, state)
-        meta = checkpoint.read(latest).meta
+        state, meta = restore(latest, config, tokenizer, state)
         if meta["corpus"] != text.digest:
             raise InputError(
                 f"--data {config.text.data}: the text has changed since {latest} was written; "
                 "restore it, or start another run with --run"
             )
-        lanes = _lanes(config, text, position)
+        lanes = _lanes(config, text, meta["position"])
         resumed = True
     evolution = Evolution(engine, config.model, config.eggroll, config.steps)
     return Job(
@@ -202,8 +201,10 @@ def _lanes(config: RunConfig, text: Text, position: int = 0) -> Lanes:
 
 def restore(
     path: Path, config: RunConfig, tokenizer: Tokenizer, like: EvolutionState
-) -> tuple[EvolutionState, int]:
-    """The state in a checkpoint, and the position of its lanes. `like`: a state of the same configuration.
+) -> tuple[EvolutionState, dict[str, Any]]:
+    """The state in a checkpoint, and its checked meta: `step`, `position` of the lanes, `corpus` digest, ...
+
+    like: a state of the same configuration.
 
     Raises InputError, naming the file, where it is damaged, or of another configuration or tokenizer.
     """
@@ -231,16 +232,16 @@ def restore(
         {name: arrays[f"scale.{name}"] for name in like.scales},
         meta["step"],
     )
-    return state, meta["position"]
+    return state, meta
 
 
-def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, int]:
-    """Configuration, tokenizer, int8 weights and step of a checkpoint, for evaluation and sampling."""
+def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, dict[str, Any]]:
+    """Configuration, tokenizer, int8 weights and meta of a checkpoint, for evaluation and sampling."""
     tokenizer = load_tokenizer(run.directory)
     config = _kept(run, tokenizer)
     like = initial(config.model, config.eggroll, np.zeros(config.model.vocabulary, np.int64))
-    state, _ = restore(path, config, tokenizer, like)
-    return config, tokenizer, model.parameters(state.masters, state.head_bias), state.step
+    state, meta = restore(path, config, tokenizer, like)
+    return config, tokenizer, model.parameters(state.masters, state.head_bias), meta
 
 
 def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
