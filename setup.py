@@ -6,11 +6,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "intlm/engine/native"
+DEPENDS = ("native.h", *(f"{n}.inc" for n in ("preamble", "bytes", "noise", "matrix", "forward", "votes", "population")))
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fwrapv", "-pthread", "-Wno-psabi"]
 # A flag of its own for each file, chosen between at run time: one binary runs on any processor of its kind.
 FLAGS = {
     "avx2": ["-mavx2"],
-    "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")] + ["-mprefer-vector-width=512"],
+    "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
+    + ["-mbmi2", "-mprefer-vector-width=512"],
 }
 
 
@@ -41,7 +43,7 @@ setup(
         Extension(
             "intlm.engine._native",
             sources=[f"{FOLDER}/{name}.cc" for name in ("dispatch", "scalar", "avx2", "avx512")],
-            depends=[f"{FOLDER}/{name}" for name in ("native.h", "preamble.inc", "population.inc")],
+            depends=[f"{FOLDER}/{name}" for name in DEPENDS],
             language="c++",
             optional=True,  # no compiler, no native engine: XLA serves instead, and the command says so
         )

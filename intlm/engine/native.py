@@ -68,9 +68,9 @@ def library() -> ctypes.CDLL | None:
     for isa, bit in ISAS.items():
         if not loaded.intlm_isas() & bit:
             continue
-        getattr(loaded, f"intlm_model_{isa}").restype = _POINTER
-        getattr(loaded, f"intlm_model_{isa}").argtypes = (ctypes.POINTER(_ModelJob),)
+        getattr(loaded, f"intlm_new_{isa}").restype = _POINTER
         getattr(loaded, f"intlm_free_{isa}").argtypes = (_POINTER,)
+        getattr(loaded, f"intlm_read_{isa}").argtypes = (_POINTER, ctypes.POINTER(_ModelJob))
         getattr(loaded, f"intlm_run_{isa}").argtypes = (_POINTER, ctypes.POINTER(_StepJob))
     return loaded
 
@@ -116,40 +116,57 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _PackedModel:
-    """A model with its weights as the kernels read them; frees itself."""
+class _Evaluator:
+    """The evaluator of an instruction set, with the model that it holds and memory for its calls; frees itself."""
 
-    def __init__(self, loaded: ctypes.CDLL, isa: str, model: ModelConfig, parameters: Parameters):
-        self._free = getattr(loaded, f"intlm_free_{isa}")
-        self.source = parameters
-        sites = ("gate", "candidate", "mlp")
-        names = [getattr(model, site) for site in sites]
-        self._keep = [
-            *[_array(fixedpoint.activation_table(name), np.int8) for name in names],
+    def __init__(self, loaded: ctypes.CDLL, isa: str, model: ModelConfig):
+        self._model = model
+        self._read, self._run, self._free, new = (
+            getattr(loaded, f"intlm_{what}_{isa}") for what in ("read", "run", "free", "new")
+        )
+        self._parameters: Parameters | None = None
+        self._sites = [getattr(model, site) for site in ("gate", "candidate", "mlp")]
+        self._tables = [
+            *[_array(fixedpoint.activation_table(name), np.int8) for name in self._sites],
             *[_array(t, np.int32) for t in (fixedpoint.exp2_table(), fixedpoint.log2_table())],
             _array(fixedpoint.reciprocal_table(), np.int32),
             _array(fixedpoint.gaussian_table(), np.int8),
-            *[_array(parameters[name], np.int8) for name in TRAINED],
-            _array(parameters["head_bias"], np.int16),
         ]
-        address = [array.ctypes.data for array in self._keep]
+        self._handle = new()
+        if not self._handle:
+            raise MemoryError("the native engine could not be started")
+
+    def run(self, parameters: Parameters, job: _StepJob) -> None:
+        """Do `job` on the model of these parameters, which are read where they are other ones than before."""
+        if self._parameters is not parameters:
+            self._parameters = None
+            self._take(parameters)
+            self._parameters = parameters
+        if self._run(self._handle, ctypes.byref(job)):
+            raise MemoryError("the native engine ran out of memory; lower --chunk")
+
+    def _take(self, parameters: Parameters) -> None:
+        arrays = [_array(parameters[name], np.int8) for name in TRAINED]
+        arrays.append(_array(parameters["head_bias"], np.int16))
+        # The embedding, norms and biases are read where they are.
+        self._kept = arrays
+        tables, values = ([array.ctypes.data for array in part] for part in (self._tables, arrays))
         job = _ModelJob(
-            model.width,
-            model.layers,
-            model.vocabulary,
-            (ctypes.c_int32 * 3)(*[{"identity": 1, "relu2": 2}.get(name, 0) for name in names]),
-            (_POINTER * 3)(*address[:3]),
-            *address[3:7],
-            (_POINTER * len(TRAINED))(*address[7:-1]),
-            address[-1],
+            self._model.width,
+            self._model.layers,
+            self._model.vocabulary,
+            (ctypes.c_int32 * 3)(*[{"identity": 1, "relu2": 2}.get(name, 0) for name in self._sites]),
+            (_POINTER * 3)(*tables[:3]),
+            *tables[3:],
+            (_POINTER * len(TRAINED))(*values[:-1]),
+            values[-1],
         )
-        self.handle = getattr(loaded, f"intlm_model_{isa}")(ctypes.byref(job))
-        if not self.handle:
+        if self._read(self._handle, ctypes.byref(job)):
             raise MemoryError("the native engine could not allocate the model")
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self._free(self.handle)
+        if getattr(self, "_handle", None):
+            self._free(self._handle)
 
 
 class NativeEngine:
@@ -164,11 +181,9 @@ class NativeEngine:
         self.isa = choose_isa()
         loaded = library()
         assert loaded is not None
-        self._library = loaded
-        self._run = getattr(loaded, f"intlm_run_{self.isa}")
         self.threads = threads or usable_cores()
         self.chunk = chunk or SLICE_PAIRS
-        self._packed: _PackedModel | None = None
+        self._evaluator = _Evaluator(loaded, self.isa, model)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` traced and compiled by XLA."""
@@ -191,7 +206,7 @@ class NativeEngine:
             state_after=after.ctypes.data,
             logits=logits.ctypes.data,
         )
-        self._call(parameters, job)
+        self._evaluator.run(parameters, job)
         return logits, after
 
     def population_step(
@@ -262,7 +277,7 @@ class NativeEngine:
         job.key[:] = np.asarray(key).tolist()
         job.site_shift[:] = [eggroll.site_shift(config, site, self.model.width) for site in eggroll.SITES]
         job.votes[:] = [votes[name].ctypes.data for name in TRAINED]
-        self._call(parameters, job)
+        self._evaluator.run(parameters, job)
         statistics: Statistics = dict(zip(_COUNTS, counts, strict=True))
         if activation:
             for row, name in enumerate(TRAINED):
@@ -270,12 +285,6 @@ class NativeEngine:
         else:
             statistics["square"] = square[0, 0]
         return votes, statistics
-
-    def _call(self, parameters: Parameters, job: _StepJob) -> None:
-        if self._packed is None or self._packed.source is not parameters:
-            self._packed = _PackedModel(self._library, self.isa, self.model, parameters)
-        if self._run(self._packed.handle, ctypes.byref(job)):
-            raise MemoryError("the native engine ran out of memory; lower --chunk")
 
 
 def _array(values: Any, dtype: type) -> np.ndarray:

@@ -7,38 +7,91 @@
 #include "preamble.inc"
 
 namespace avx2 {
+typedef __m256i y;
 constexpr int DOT_EXCESS = 0, COLUMNS = 4;
-INLINE v16 dot4(v16 acc, v16 stored, v16 weights) {
-  for (int i = 0; i < 2; ++i) {
-    const __m256i value = _mm256_xor_si256((__m256i)stored.parts[i], _mm256_set1_epi8(char(0x80)));
-    const __m256i sign = _mm256_sign_epi8((__m256i)weights.parts[i], value);
-    const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(value), sign);
-    acc.parts[i] += (part)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+#define INTLM_UNARY(To, name, From, expression)  \
+  INLINE To name(From x) {                       \
+    To r;                                        \
+    INTLM_EACH {                                 \
+      const y p = (y)x.parts[i];                 \
+      r.parts[i] = (To::part)(expression);       \
+    }                                            \
+    return r;                                    \
+  }
+#define INTLM_BINARY(To, name, From, instruction)                                                             \
+  INLINE To name(From a, From b) {                                                                            \
+    To r;                                                                                                     \
+    INTLM_EACH r.parts[i] = (To::part)instruction((y)a.parts[i], (y)b.parts[i]);                              \
+    return r;                                                                                                 \
+  }
+
+INLINE v16 dot4(v16 acc, b64 stored, v16 weights) {
+  INTLM_EACH {
+    const y value = _mm256_xor_si256((y)stored.parts[i], _mm256_set1_epi8(char(0x80)));
+    const y products = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8((y)weights.parts[i], value));
+    acc.parts[i] += (v16::part)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
   }
   return acc;
 }
+INLINE v16 add_magnitudes(v16 total, b64 x) {
+  INTLM_EACH {
+    const y pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((y)x.parts[i]), _mm256_set1_epi8(1));
+    total.parts[i] += (v16::part)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+  return total;
+}
 INLINE v16 lookup(const int32_t *table, v16 index) {
-  for (int i = 0; i < 2; ++i) index.parts[i] = (part)_mm256_i32gather_epi32(table, (__m256i)index.parts[i], 4);
+  INTLM_EACH index.parts[i] = (v16::part)_mm256_i32gather_epi32(table, (y)index.parts[i], 4);
   return index;
 }
-INLINE v16 lookup(const int8_t *table, v16 index) {
+INLINE v16 widen(const int8_t *p) {
   v16 r;
-  for (int i = 0; i < 16; ++i) r[i] = table[index[i]];
+  INTLM_EACH r.parts[i] = (v16::part)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i)));
   return r;
 }
-INLINE v16 widen(const int8_t *p) {
-  v16 x;
-  for (int i = 0; i < 2; ++i) x.parts[i] = (part)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i)));
-  return x;
+INTLM_BINARY(w32, pack, v16, _mm256_packs_epi32)
+INTLM_BINARY(b64, pack, w32, _mm256_packs_epi16)
+INTLM_UNARY(w32, low, b64, _mm256_srai_epi16(_mm256_unpacklo_epi8(p, p), 8))
+INTLM_UNARY(w32, high, b64, _mm256_srai_epi16(_mm256_unpackhi_epi8(p, p), 8))
+INTLM_UNARY(v16, low, w32, _mm256_srai_epi32(_mm256_unpacklo_epi16(p, p), 16))
+INTLM_UNARY(v16, high, w32, _mm256_srai_epi32(_mm256_unpackhi_epi16(p, p), 16))
+INTLM_UNARY(b64, turn, b64,
+            _mm256_shuffle_epi8(p, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14,
+                                                                             3, 7, 11, 15))))
+INTLM_UNARY(w32, swap_halves, w32, _mm256_shuffle_epi32(p, 0x4E))
+INTLM_UNARY(v16, swap_neighbours, v16, _mm256_shuffle_epi32(p, 0xB1))
+INTLM_BINARY(b64, mix_low, b64, _mm256_unpacklo_epi8)
+INTLM_BINARY(b64, mix_high, b64, _mm256_unpackhi_epi8)
+INTLM_BINARY(w32, mix_low, w32, _mm256_unpacklo_epi16)
+INTLM_BINARY(w32, mix_high, w32, _mm256_unpackhi_epi16)
+INTLM_BINARY(v16, mix_low, v16, _mm256_unpacklo_epi32)
+INTLM_BINARY(v16, mix_high, v16, _mm256_unpackhi_epi32)
+INTLM_BINARY(v16, join_low, v16, _mm256_unpacklo_epi64)
+INTLM_BINARY(v16, join_high, v16, _mm256_unpackhi_epi64)
+template <int q> INTLM_UNARY(v16, repeat_lane, v16, _mm256_shuffle_epi32(p, q * 0x55))
+INTLM_BINARY(w32, add_saturated, w32, _mm256_adds_epi16)
+INTLM_BINARY(b64, add_saturated, b64, _mm256_adds_epi8)
+INTLM_BINARY(b64, subtract_saturated, b64, _mm256_subs_epi8)
+INTLM_BINARY(w32, high_product, w32, _mm256_mulhi_epi16)
+INLINE w32 each_block(const void *p) {
+  w32 r;
+  INTLM_EACH r.parts[i] = (w32::part)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+  return r;
 }
-INLINE v16 widen(const int16_t *p) {
-  v16 x;
-  for (int i = 0; i < 2; ++i) x.parts[i] = (part)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i)));
-  return x;
+INLINE uint32_t top_bits(v16 x) {
+  uint32_t bits = 0;
+  INTLM_EACH bits |= uint32_t(_mm256_movemask_ps((__m256)x.parts[i])) << (8 * i);
+  return bits;
 }
-INLINE v16 exp2_sum(const int32_t *table, const int16_t *logits, int count, v16 top) {
-  return exp2_sum_by_lookup(
-      logits, count, top, [&](v16 i) { return lookup(table, i); }, [](const int16_t *p) { return widen(p); });
+// c where a number of x is positive, -c where it is negative.
+INLINE w32 with_sign(w32 c, w32 x) {
+  INTLM_EACH c.parts[i] = (w32::part)_mm256_sign_epi16((y)c.parts[i], (y)x.parts[i]);
+  return c;
+}
+INLINE v16 with_sign(v16 c, v16 x) {
+  INTLM_EACH c.parts[i] = (v16::part)_mm256_sign_epi32((y)c.parts[i], (y)x.parts[i]);
+  return c;
 }
 }  // namespace avx2
+#include "bytes.inc"
 #include "population.inc"

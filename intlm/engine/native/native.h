@@ -41,11 +41,13 @@ struct StepJob {
   int16_t *logits;                      // PLAIN: [rows, T, V]
 };
 
-// A model with its weights as the kernels read them. Calls return 0, or 1 where memory ran out.
+// An evaluator holds a model, its weights as the kernels read them, and memory for its calls, which are made one at
+// a time. `read` takes a model over; `read` and `run` return 0, or 1 where memory ran out.
 extern "C" {
 #define INTLM_DECLARE(isa)                                     \
-  void *intlm_model_##isa(const ModelJob *);                   \
+  void *intlm_new_##isa(void);                                 \
   void intlm_free_##isa(void *);                               \
+  int intlm_read_##isa(void *, const ModelJob *);              \
   int intlm_run_##isa(void *, const StepJob *);
 INTLM_DECLARE(scalar)
 INTLM_DECLARE(avx2)
