@@ -49,6 +49,11 @@ INLINE v16 widen(const int8_t *p) {
   INTLM_EACH r.parts[i] = (v16::part)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i)));
   return r;
 }
+INLINE v16 widen(const uint16_t *p) {
+  v16 r;
+  INTLM_EACH r.parts[i] = (v16::part)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i)));
+  return r;
+}
 INTLM_BINARY(w32, pack, v16, _mm256_packs_epi32)
 INTLM_BINARY(b64, pack, w32, _mm256_packs_epi16)
 INTLM_UNARY(w32, low, b64, _mm256_srai_epi16(_mm256_unpacklo_epi8(p, p), 8))

@@ -15,6 +15,10 @@ INLINE v16 add_magnitudes(v16 total, b64 x) {
   return (v16)_mm512_dpbusd_epi32((z)total, _mm512_abs_epi8((z)x), _mm512_set1_epi8(1));
 }
 INLINE v16 lookup(const int32_t *table, v16 index) { return (v16)_mm512_i32gather_epi32((z)index, table, 4); }
+INLINE v16 lookup16(const uint32_t *table, v16 index) {  // of sixteen entries
+  return (v16)_mm512_permutexvar_epi32((z)index, _mm512_loadu_si512(table));
+}
+INLINE v16 widen(const uint16_t *p) { return (v16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE v16 rotate(v16 x, int bits) { return (v16)_mm512_rolv_epi32((z)x, _mm512_set1_epi32(bits)); }
 INLINE v16 widen(const int8_t *p) { return (v16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 

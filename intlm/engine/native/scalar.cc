@@ -40,7 +40,8 @@ INLINE v16 lookup(const T *table, v16 index) {
   for (int i = 0; i < 16; ++i) r[i] = table[index[i]];
   return r;
 }
-INLINE v16 widen(const int8_t *p) {
+template <class T>
+INLINE v16 widen(const T *p) {
   v16 r;
   for (int i = 0; i < 16; ++i) r[i] = p[i];
   return r;
