@@ -20,7 +20,7 @@ from intlm.engine.xla import jit
 from intlm.errors import InputError, unknown
 from intlm.model import LAYER, TRAINED, Parameters
 
-ISAS = {"scalar": 1, "avx2": 2, "avx512": 4}
+ISAS = {"scalar": 1, "avx2": 2, "avx512": 4, "amx": 8}
 """Instruction sets, slowest first, with their bits in `intlm_isas`."""
 
 SLICE_PAIRS = 4096

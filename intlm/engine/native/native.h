@@ -52,6 +52,7 @@ extern "C" {
 INTLM_DECLARE(scalar)
 INTLM_DECLARE(avx2)
 INTLM_DECLARE(avx512)
-int intlm_isas(void);    // a bit for each instruction set that this processor and this build have: 1, 2, 4
+INTLM_DECLARE(amx)
+int intlm_isas(void);    // a bit for each instruction set that this processor and this build have: 1, 2, 4, 8
 int intlm_layout(void);  // sizeof(ModelJob) * 65536 + sizeof(StepJob): what the Python side has to agree with
 }
