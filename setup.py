@@ -40,7 +40,7 @@ setup(
     ext_modules=[
         Extension(
             "intlm.engine._native",
-            sources=[f"{FOLDER}/{name}.cc" for name in ("dispatch", "scalar", "avx2", "avx512")],
+            sources=[f"{FOLDER}/{name}.cc" for name in ("dispatch", "peak", "scalar", "avx2", "avx512")],
             depends=[f"{FOLDER}/{name}" for name in ("native.h", "preamble.inc", "population.inc")],
             language="c++",
             optional=True,  # no compiler, no native engine: XLA serves instead, and the command says so

@@ -6,6 +6,7 @@ It evaluates the population, votes and the plain model; the update runs where `c
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -63,7 +64,8 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
-    if loaded.intlm_layout() != ctypes.sizeof(_ModelJob) * 65536 + ctypes.sizeof(_StepJob):
+    layout = ctypes.sizeof(_ModelJob) * 65536 + ctypes.sizeof(_StepJob)
+    if loaded.intlm_layout() != layout or not hasattr(loaded, "intlm_peak_scalar"):
         raise InputError(f"{found[0]}: was built from another version of intlm; install the package again")
     for isa, bit in ISAS.items():
         if not loaded.intlm_isas() & bit:
@@ -72,6 +74,8 @@ def library() -> ctypes.CDLL | None:
         getattr(loaded, f"intlm_model_{isa}").argtypes = (ctypes.POINTER(_ModelJob),)
         getattr(loaded, f"intlm_free_{isa}").argtypes = (_POINTER,)
         getattr(loaded, f"intlm_run_{isa}").argtypes = (_POINTER, ctypes.POINTER(_StepJob))
+        getattr(loaded, f"intlm_peak_{isa}").restype = ctypes.c_int64
+        getattr(loaded, f"intlm_peak_{isa}").argtypes = (ctypes.c_int64, ctypes.c_int)
     return loaded
 
 
@@ -114,6 +118,23 @@ def why_not_fast() -> str:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measured_peak(isa: str, threads: int, seconds: float = 0.1) -> float:
+    """Int8 multiply-adds a second of an instruction set, on so many threads at once, from registers alone.
+
+    A multiply-add is one product of two bytes, added into a 32-bit sum. `seconds`: about how long to measure.
+    """
+    loaded = library()
+    assert loaded is not None
+    run, iterations = getattr(loaded, f"intlm_peak_{isa}"), 1 << 16
+    while True:
+        started = time.perf_counter()
+        multiply_adds = run(iterations, threads)
+        took = time.perf_counter() - started
+        if took >= seconds / 2:
+            return float(multiply_adds / took)
+        iterations *= 2 if took < seconds / 16 else max(2, int(seconds / took))
 
 
 class _PackedModel:
