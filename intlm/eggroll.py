@@ -24,6 +24,9 @@ Statistics = dict[str, Array]
 `difference` (sum of |d|), `ties` (pairs, or tokens of pairs, with d = 0), `saturated` (factors at +-127),
 `seen` (rows of the embedding seen, summed over pairs), and `square` or `square.<parameter>`."""
 
+SCORE_STATISTICS = ("score", "difference", "ties")
+"""The statistics that members' scores give without votes."""
+
 Scales = dict[str, Array]
 """int32: `difference` (mean |d| of the step before; estimator `weight`) or `shift.<parameter>`."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
+from intlm.engine.engine import usable_cores
 from intlm.engine.xla import jit
 from intlm.errors import InputError, unknown
 from intlm.model import LAYER, TRAINED, Parameters
@@ -113,11 +114,6 @@ def why_not_fast() -> str:
             "C++ compiler; install one (g++ or clang) and then this package again"
         )
     return "using XLA: this processor has no vector unit (AVX2 or AVX512) that the native engine is fast with"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measured_peak(isa: str, threads: int, seconds: float = 0.1) -> float:
