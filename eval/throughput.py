@@ -104,26 +104,24 @@ def measure(
     that cannot be held to as many threads here.
     """
     timed: list[dict[str, Task]] = []
-    with _threads_restored():
-        for case in cases:
-            progress(f"preparing {_named(case)}")
-            limit_threads(case.threads, case.engine)
+    for case in cases:
+        progress(f"preparing {_named(case)}")
+        with limited_threads(case.threads, case.engine):
             timed.append(_tasks(model_config, case))
             for task in timed[-1].values():
                 task()
-        rates: list[dict[str, list[float]]] = [{name: [] for name in tasks} for tasks in timed]
-        peaks: dict[int, float] = {}
-        for number in range(ROUNDS):
-            for case, tasks, rate in zip(cases, timed, rates, strict=True):
-                progress(f"round {number + 1} of {ROUNDS}, {_named(case)}")
-                limit_threads(case.threads, case.engine)
+    rates: list[dict[str, list[float]]] = [{name: [] for name in tasks} for tasks in timed]
+    peaks: dict[int, float] = {}
+    for number in range(ROUNDS):
+        for case, tasks, rate in zip(cases, timed, rates, strict=True):
+            progress(f"round {number + 1} of {ROUNDS}, {_named(case)}")
+            with limited_threads(case.threads, case.engine):
                 if available_isas():
                     peak = measured_peak(choose_isa(), case.threads, seconds=0.05)
                     peaks[case.threads] = max(peaks.get(case.threads, 0.0), peak / 1e9)
                 for name, task in tasks.items():
-                    rate[name].append(
-                        case.config.population * case.config.segment / seconds_of(task, seconds)
-                    )
+                    count = case.config.population * case.config.segment
+                    rate[name].append(count / seconds_of(task, seconds))
     return [
         _result(model_config, case, rate, peaks.get(case.threads))
         for case, rate in zip(cases, rates, strict=True)
@@ -229,40 +227,32 @@ def seconds_of(task: Task, seconds: float) -> float:
 # --- threads ------------------------------------------------------------------------------------------------
 
 
-def limit_threads(threads: int, engine: str) -> None:
-    """Hold the whole process, XLA's threads included, to as many cores. Raises InputError where it cannot be.
+@contextmanager
+def limited_threads(threads: int, engine: str) -> Iterator[None]:
+    """Hold the whole process, XLA's threads included, to as many cores.
 
-    XLA makes its threads once, when it starts; cores can be changed at any time.
+    XLA makes its threads once, when it starts; cores can be changed at any time. Raises InputError where they
+    cannot be on this system.
     """
     if not hasattr(os, "sched_setaffinity"):
-        if engine == "native" or threads == usable_cores():
-            return
-        raise InputError(f"--threads {threads}: engine {engine} cannot be held to it on this system")
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            os.sched_setaffinity(int(thread), _all_cores()[:threads])
-        except ProcessLookupError:
-            continue  # it has ended meanwhile
-
-
-_CORES: list[int] = []
-
-
-def _all_cores() -> list[int]:
-    if not _CORES:
-        _CORES.extend(sorted(os.sched_getaffinity(0)))
-    return _CORES
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    cores = usable_cores()
-    if hasattr(os, "sched_setaffinity"):
-        _all_cores()
+        if engine != "native" and threads != usable_cores():
+            raise InputError(f"--threads {threads}: engine {engine} cannot be held to it on this system")
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    _move_to(set(sorted(cores)[:threads]))
     try:
         yield
     finally:
-        limit_threads(cores, "native")
+        _move_to(cores)
+
+
+def _move_to(cores: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            os.sched_setaffinity(int(thread), cores)
+        except ProcessLookupError:
+            continue  # it has ended meanwhile
 
 
 # --- output -------------------------------------------------------------------------------------------------

@@ -40,14 +40,14 @@ def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarr
 
 
 class Evolution:
-    """Steps a state through a run of `steps` steps on an engine."""
+    """Steps a state through a run of `steps` steps on an engine. `advance` is the part after the evaluation."""
 
     def __init__(self, engine: Engine, model_config: ModelConfig, config: EggrollConfig, steps: int):
         self.engine, self.model, self.config, self.steps = engine, model_config, config, steps
         self._root = noise.seed_key(config.seed)
         self._parameters = engine.compile(model.parameters)
         self._next_scales = engine.compile(lambda *values: eggroll.next_scales(config, model_config, *values))
-        self._advance = engine.compile(self._after_evaluation)
+        self.advance = engine.compile(self._after_evaluation)
         self._weights_of: tuple[dict[str, Array], model.Parameters] | None = None
         self._next_key: tuple[int, Array] | None = None
 
@@ -74,7 +74,7 @@ class Evolution:
         )
         size, quantile = eggroll.schedule(self.config, self.model, state.step, self.steps)
         step = state.step + 1
-        masters, scales, parameters, key = self._advance(
+        masters, scales, parameters, key = self.advance(
             state.masters, state.head_bias, votes, statistics, scales, np.int64(size), np.int64(quantile),
             self._root, np.uint32(step),
         )  # fmt: skip
