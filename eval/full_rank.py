@@ -1,7 +1,7 @@
 """Full-rank evolution strategies, as a measure for EGGROLL: every weight of every member is perturbed by itself.
 
-The same model on the same noise generator, with matrices of its own for every member: a batched int8 matmul on XLA
-where EGGROLL shares one matrix. A benchmark alone; nothing trains with it.
+The same model on the same noise generator, with matrices of its own for every member: a batched int8 matmul on
+XLA where EGGROLL shares one matrix. A benchmark alone; nothing trains with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,8 +93,8 @@ def _batched(x: jax.Array, weight: jax.Array) -> jax.Array:
 def evaluator(model_config: ModelConfig, config: EggrollConfig, at_once: bool) -> Callable[..., Any]:
     """Scores of n pairs over a segment: `(parameters, key, tokens_nxT1, state_nxLxD, rows_n)` to int32 [2, n].
 
-    at_once: all tokens go through a layer before the next layer, so that a matrix is read once for all of them but
-    for the recurrence; otherwise token after token goes through the whole model, as in generation. Compiled.
+    at_once: all tokens go through a layer before the next layer, so that a matrix is read once for all of them
+    but for the recurrence; otherwise token after token goes through the whole model, as in generation. Compiled.
     """
     plain = _FullRank()
 
@@ -123,10 +123,11 @@ def evaluator(model_config: ModelConfig, config: EggrollConfig, at_once: bool) -
 class FullRank:
     """EGGROLL's evaluation over full-rank ones of the same size, noise and text, on as many threads.
 
-    eggroll, at_once, by_token: member-tokens/s of the evaluation with low-rank perturbations (votes included), and
-    with full-rank ones (without votes) in the two orders of `evaluator`. floor: at most as many member-tokens/s can
-    any code reach that stores each member's matrices and multiplies with them, from the measured time to write them
-    (without noise) and the measured int8 peak. Ratios round by round; `pairs`: those evaluated at once.
+    eggroll, at_once, by_token: member-tokens/s of the evaluation with low-rank perturbations (votes included),
+    and with full-rank ones (without votes) in the two orders of `evaluator`. floor: the least time that any code
+    needs which stores each member's matrices and then multiplies with them: as measured, to write them without
+    making noise, and to multiply at the int8 peak; in member-tokens/s. Ratios round by round; `pairs`: those
+    evaluated at once.
     """
 
     engine: str
@@ -156,7 +157,7 @@ class FullRank:
         rows = [
             ("segment at once", self.at_once, self.over_at_once),
             ("token by token", self.by_token, self.over_by_token),
-            ("fastest possible", self.floor, self.over_floor),
+            ("bound", self.floor, self.over_floor),
         ]
         return "\n".join(
             [head]

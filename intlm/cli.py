@@ -349,10 +349,9 @@ def _use_threads(parsed: argparse.Namespace) -> int | None:
     """The number asked for, which XLA is told before it starts; None where none is."""
     if not hasattr(parsed, "threads"):
         return None
-    from intlm.engine.engine import check_threads
-    from intlm.engine.xla import limit_threads
+    from intlm.engine.engine import check_threads, limit_xla_threads
 
-    limit_threads(check_threads(parsed.threads))
+    limit_xla_threads(check_threads(parsed.threads))
     return int(parsed.threads)
 
 

@@ -9,7 +9,6 @@ On CPUs an int8 matmul is fast only when it contracts the last axis of both oper
 place that writes one.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import or_
@@ -279,12 +278,6 @@ def _sequence(
     logits = (head_sum >> (shift - 4)) + parameters["head_bias"].astype(jnp.int32)
     logits = jnp.clip(logits, -fixedpoint.LOGIT_LIMIT, fixedpoint.LOGIT_LIMIT)
     return logits.astype(jnp.int16), state, recorded | perturbed.record(head=y)
-
-
-def limit_threads(threads: int) -> None:
-    """Give XLA's CPU backend so many threads. It makes them when JAX first computes, once for the process, so that
-    this has to come before; an environment variable is the one way there is, and XLA reads it on every system."""
-    os.environ["NPROC"] = str(threads)
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
