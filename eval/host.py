@@ -25,8 +25,8 @@ WARM_STEPS = 5
 class HostCost:
     """Milliseconds of a mean step of `intlm train`, with metrics and TensorBoard on, between its evaluations.
 
-    evaluation: inside of the engine; update: its arithmetic, timed alone, on arrays that are where XLA wants them;
-    host: the rest (text, keys and schedules, conversions and calls, metrics, logging), and `host_share` of the step.
+    evaluation: inside of the engine; update: its arithmetic, timed alone, on arrays that XLA need not convert;
+    host: the rest (text, keys and schedules, conversions and calls, metrics, logging), `host_share` of the step.
     """
 
     engine: str
@@ -48,9 +48,9 @@ class HostCost:
     def line(self) -> str:
         """For a terminal."""
         return (
-            f"host, {self.engine}, {self.estimator}, population {self.population:,}, segment {self.segment}: a step "
-            f"takes {self.step:.2f} ms: evaluation {self.evaluation:.2f}, update {self.update:.2f}, all else "
-            f"{self.host:.2f} ms = {self.host_share:.1%} (mean of {self.steps:,} steps)"
+            f"host, {self.engine}, {self.estimator}, population {self.population:,}, segment {self.segment}: "
+            f"a step takes {self.step:.2f} ms: evaluation {self.evaluation:.2f}, update {self.update:.2f}, "
+            f"all else {self.host:.2f} ms = {self.host_share:.1%} (mean of {self.steps:,} steps)"
         )
 
 

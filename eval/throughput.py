@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def measure(
     """Time every case, about `seconds` for each figure and round.
 
     Rounds go over all cases in turn, so that a drift of the machine's speed meets all of them. `progress` is told
-    before each of `count_of_figures` figures what is measured. Raises InputError for an engine that is unknown, or
+    `count_of_figures` times what comes next. Raises InputError for an engine that is unknown, or
     that cannot be held to as many threads here.
     """
     timed: list[dict[str, Task]] = []
@@ -248,9 +249,9 @@ def limited_threads(threads: int, engine: str) -> Iterator[None]:
 
 
 def _move_to(cores: set[int]) -> None:
-    for thread in os.listdir("/proc/self/task"):
+    for thread in Path("/proc/self/task").iterdir():
         try:
-            os.sched_setaffinity(int(thread), cores)
+            os.sched_setaffinity(int(thread.name), cores)
         except ProcessLookupError:
             continue  # it has ended meanwhile
 

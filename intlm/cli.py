@@ -304,8 +304,8 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="throughput of the engines, in one run",
-        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine, beside "
-        "this processor's own int8 peak. docs/performance.md explains every figure.",
+        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine, "
+        "beside this processor's own int8 peak. docs/performance.md explains every figure.",
     )
     add = command.add_argument
     add("preset", nargs="?", default="small", metavar="PRESET", help="tiny, small, medium or paper")
@@ -317,16 +317,16 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="an engine to measure; may be given again (default: xla, and native where there is one)",
     )
     add("--population", dest="populations", action="append", type=_integer("--population"), metavar="N",
-        help="a population to measure with; may be given again (default: the preset's, and 4 and 16 times as many "
-        "where a step of them is short)")  # fmt: skip
+        help="a population to measure with; may be given again (default: the preset's, and 4 and 16 times as "
+        "many where a step of them is short)")  # fmt: skip
     add("--threads", dest="threads", action="append", type=_integer("--threads"), metavar="N",
-        help="threads, and cores to hold the whole process to; may be given again (default: all cores that it may "
-        "use)")  # fmt: skip
+        help="threads, and cores to hold the whole process to; may be given again (default: all cores that it "
+        "may use)")  # fmt: skip
     add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[],
         help="as for train; estimator=NAME picks one (default: both, where the preset has both)")  # fmt: skip
     add("--seconds", default="0.25", metavar="S", help="seconds a figure and round, of five rounds")
     add("--full-rank", action="store_true",
-        help="compare with full-rank evolution strategies instead: matrices of its own for every member")  # fmt: skip
+        help="instead compare with full-rank evolution strategies: matrices for every member")  # fmt: skip
     add("--host", action="store_true",
         help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
@@ -341,8 +341,8 @@ def _add_engine(add: Any) -> None:
         help="auto, native, xla or reference; all give the same bits",
     )
     add("--threads", type=_integer("--threads"), metavar="N", default=argparse.SUPPRESS,
-        help="threads to compute with, from 1 to 1024; changes speed, never the result (default: one for each core "
-        "that the process may use)")  # fmt: skip
+        help="threads to compute with, from 1 to 1024; changes speed, never the result (default: one for each "
+        "core that the process may use)")  # fmt: skip
 
 
 def _use_threads(parsed: argparse.Namespace) -> int | None:
@@ -545,7 +545,7 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 
 SHORT_STEP = 64 * 10**9
-"""Multiply-adds of a step, up to which `bench` adds larger populations by itself: a few seconds on a slow engine."""
+"""Multiply-adds of a step, up to which `bench` adds larger populations by itself: seconds on a slow engine."""
 
 
 def _bench_cases(parsed: argparse.Namespace) -> tuple[list[Any], Any]:

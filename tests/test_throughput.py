@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ needs_native = pytest.mark.skipif(not ISAS, reason="installed without a native e
 BENCH = ["bench", "tiny", "--set", "segment=4", "--seconds", "0", "--population", "8"]
 
 
-# --- threads --------------------------------------------------------------------------------------------------
+# --- threads ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [-1, 0, 1025])
@@ -59,7 +60,7 @@ def test_threads_change_no_bit(estimator):
         assert_same(found[0], other)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_xla_makes_as_many_threads_as_asked_for(threads):
     program = (
@@ -83,7 +84,7 @@ def test_a_benchmark_is_held_to_its_cores_and_then_let_go():
     assert os.sched_getaffinity(0) == before
 
 
-# --- votes left out ---------------------------------------------------------------------------------------------
+# --- votes left out -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["reference", "xla"])
@@ -98,7 +99,7 @@ def test_scores_without_votes_are_the_same(case, engine):
     assert_same(state, state_alone)
 
 
-# --- peak ---------------------------------------------------------------------------------------------------------
+# --- peak ---------------------------------------------------------------------------------------------------
 
 
 @needs_native
@@ -112,7 +113,7 @@ def test_the_peak_counts_what_every_thread_does(isa, threads):
     assert run(3000, threads) == 3 * threads * one
 
 
-# --- full rank ----------------------------------------------------------------------------------------------------
+# --- full rank ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["activation", "paper"])
@@ -138,7 +139,7 @@ def test_full_rank_scores_are_those_of_the_model_with_each_members_weights(case)
         np.testing.assert_array_equal(run(parameters, key, tokens, state, rows), expected)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def bench(capsys, *words):

@@ -67,8 +67,11 @@ def check_threads(threads: int) -> int:
 
 
 def limit_xla_threads(threads: int) -> None:
-    """Give XLA's CPU backend so many threads. It makes them when JAX first computes, once for the process, so that
-    this has to come before. An environment variable is the one way there is."""
+    """Give XLA's CPU backend so many threads.
+
+    It makes them when JAX first computes, once for the process, so that this has to come before. An environment
+    variable is the one way there is.
+    """
     os.environ["NPROC"] = str(threads)
 
 
@@ -79,9 +82,8 @@ def make_engine(
 
     chunk: pairs evaluated at once, which bounds memory and changes no bit; 0 lets the engine choose. threads: how
     many the native engine evaluates on, from 1 to 1024 (None: one for each usable core), which changes no bit
-    either. XLA makes its threads once for the process, see `limit_xla_threads`; the reference
-    has one.
-    Raises InputError for a name that is unknown or a number out of range.
+    either. XLA makes its threads once for the process, see `limit_xla_threads`; the reference has one. Raises
+    InputError for a name that is unknown or a number out of range.
     """
     threads = usable_cores() if threads is None else check_threads(threads)
     if name == "auto":
