@@ -57,7 +57,8 @@ class Throughput:
     training, evaluation: member-tokens/s of whole steps, and of the population's evaluation and votes;
     scoring: of its evaluation without votes (None: this engine cannot leave them out); inference: tokens/s of the
     unperturbed model. Ratios are taken round by round. gmacs: 10^9 multiply-adds of the model's matrices a
-    second of training; peak: the processor's own on as many threads (None: not measured here).
+    second of training; peak: the processor's own on as many threads, and the share of it (None: no native engine
+    to measure it with).
     """
 
     case: Case
@@ -69,7 +70,8 @@ class Throughput:
     evaluation_over_inference: Figure
     scoring_over_inference: Figure | None
     gmacs: float
-    peak: float | None
+    peak: Figure | None
+    peak_share: Figure | None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json: medians by name, and the rounds' range under `<name>_range`."""
@@ -87,7 +89,7 @@ class Throughput:
                 values |= {item.name: value.median, f"{item.name}_range": [value.lowest, value.highest]}
             elif item.name != "case":
                 values[item.name] = value
-        return values | {"peak_share": self.gmacs / self.peak if self.peak else None}
+        return values
 
 
 def multiply_adds(config: ModelConfig) -> int:
@@ -112,21 +114,17 @@ def measure(
             for task in timed[-1].values():
                 task()
     rates: list[dict[str, list[float]]] = [{name: [] for name in tasks} for tasks in timed]
-    peaks: dict[int, float] = {}
     for number in range(ROUNDS):
         for case, tasks, rate in zip(cases, timed, rates, strict=True):
             progress(f"round {number + 1} of {ROUNDS}, {_named(case)}")
             with limited_threads(case.threads, case.engine):
                 if available_isas():
                     peak = measured_peak(choose_isa(), case.threads, seconds=0.05)
-                    peaks[case.threads] = max(peaks.get(case.threads, 0.0), peak / 1e9)
+                    rate.setdefault("peak", []).append(peak / 1e9)
                 for name, task in tasks.items():
                     count = case.config.population * case.config.segment
                     rate[name].append(count / seconds_of(task, seconds))
-    return [
-        _result(model_config, case, rate, peaks.get(case.threads))
-        for case, rate in zip(cases, rates, strict=True)
-    ]
+    return [_result(model_config, case, rate) for case, rate in zip(cases, rates, strict=True)]
 
 
 def count_of_figures(cases: Sequence[Case]) -> int:
@@ -138,9 +136,9 @@ def _named(case: Case) -> str:
     return f"{case.engine}, {case.config.estimator}, population {case.config.population:,}"
 
 
-def _result(
-    model_config: ModelConfig, case: Case, rates: dict[str, list[float]], peak: float | None
-) -> Throughput:
+def _result(model_config: ModelConfig, case: Case, rates: dict[str, list[float]]) -> Throughput:
+    rates["gmacs"] = [rate * multiply_adds(model_config) / 1e9 for rate in rates["training"]]
+
     def ratio(one: str, other: str) -> Figure:
         return Figure.of(a / b for a, b in zip(rates[one], rates[other], strict=True))
 
@@ -155,8 +153,9 @@ def _result(
         Figure(1 - training.median, 1 - training.highest, 1 - training.lowest),
         ratio("evaluation", "inference"),
         ratio("scoring", "inference") if "scoring" in rates else None,
-        figure["training"].median * multiply_adds(model_config) / 1e9,
-        peak,
+        figure["gmacs"].median,
+        figure.get("peak"),
+        ratio("gmacs", "peak") if "peak" in rates else None,
     )
 
 
@@ -283,13 +282,13 @@ def table(results: Sequence[Throughput]) -> str:
         return result.training.median / min(rows)
 
     for result in results:
-        case, values, training = result.case, result.as_dict(), result.training
-        share, scoring = values["peak_share"], result.scoring_over_inference
+        case, training = result.case, result.training
+        share, scoring = result.peak_share, result.scoring_over_inference
         lines.append(
             f"{case.engine:9s} {case.config.estimator:10s} {case.threads:7d} {case.config.population:10,d} "
             f"{training.median:12,.0f} {training.lowest / training.median - 1:7.0%} "
             f"{training.highest / training.median - 1:+7.0%} {result.gmacs:7.1f} "
-            f"{f'{share:.1%}' if share else '-':>7s} {result.update_share.median:6.1%} "
+            f"{f'{share.median:.1%}' if share else '-':>7s} {result.update_share.median:6.1%} "
             f"{result.inference.median:11,.0f} {result.evaluation_over_inference.median:10.2f} "
             f"{f'{scoring.median:.2f}' if scoring else '-':>7s} "
             f"{speed(result, 'estimator', 'threads', 'population'):7.1f}x"
@@ -298,7 +297,7 @@ def table(results: Sequence[Throughput]) -> str:
     peaks = {result.case.threads: result.peak for result in results if result.peak}
     for threads, peak in sorted(peaks.items()):
         lines.append(
-            f"int8 peak of {choose_isa()} on {threads} thread{'s' * (threads > 1)}: {peak:,.1f} GMAC/s, "
-            "measured in this run"
+            f"int8 peak of {choose_isa()} on {threads} thread{'s' * (threads > 1)}, measured in this run: "
+            f"{peak.median:,.1f} GMAC/s ({peak.lowest:,.1f} to {peak.highest:,.1f})"
         )
     return "\n".join(lines)

@@ -171,7 +171,8 @@ def test_every_figure_of_every_case(capsys, monkeypatch):
         assert row["gmacs"] == pytest.approx(gmacs)
         assert (row["peak"] is None) == (not ISAS)
         if ISAS:
-            assert row["peak_share"] == pytest.approx(row["gmacs"] / row["peak"])
+            low, high = row["peak_share_range"]
+            assert 0 < low <= row["peak_share"] <= high
 
 
 def test_the_table(capsys, monkeypatch):
@@ -184,7 +185,7 @@ def test_the_table(capsys, monkeypatch):
         assert re.match(rf"xla +activation +1 +{population} +[\d,]+ ", line)
         assert line.endswith("1.0x")
     if ISAS:
-        assert re.search(r"^int8 peak of \w+ on 1 thread: [\d,.]+ GMAC/s", lines[-1])
+        assert re.search(r"^int8 peak of \w+ on 1 thread, measured in this run: [\d,.]+ GMAC/s", lines[-1])
 
 
 def test_full_rank(capsys, monkeypatch):
