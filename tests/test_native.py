@@ -116,7 +116,7 @@ def sanitized_library(tmp_path_factory):
     flags = {"avx2": ["-mavx2"], "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]}
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
     objects = []
-    for name in ("dispatch", "scalar", "avx2", "avx512"):
+    for name in ("dispatch", "peak", "scalar", "avx2", "avx512"):
         objects.append(str(folder / f"{name}.o"))
         command = ["g++", "-std=c++17", "-fPIC", "-fwrapv", "-Wno-psabi", *sanitize, *flags.get(name, [])]
         subprocess.run([*command, "-c", str(sources / f"{name}.cc"), "-o", objects[-1]], check=True)
