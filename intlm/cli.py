@@ -304,7 +304,8 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="throughput of the engines, in one run",
-        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine.",
+        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine, "
+        "beside this processor's own int8 peak. docs/performance.md explains every figure.",
     )
     add = command.add_argument
     add("preset", nargs="?", default="small", metavar="PRESET", help="tiny, small, medium or paper")
@@ -316,9 +317,18 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="an engine to measure; may be given again (default: xla, and native where there is one)",
     )
     add("--population", dest="populations", action="append", type=_integer("--population"), metavar="N",
-        help="a population to measure with; may be given again (default: the preset's)")  # fmt: skip
-    add("--set", dest="settings", action="append", metavar="KEY=VALUE", help="as for train", default=[])
-    add("--seconds", type=_integer("--seconds"), default=2, metavar="S", help="seconds a figure and round")
+        help="a population to measure with; may be given again (default: the preset's, and 4 and 16 times as "
+        "many where a step of them is short)")  # fmt: skip
+    add("--threads", dest="threads", action="append", type=_integer("--threads"), metavar="N",
+        help="threads, and cores to hold the whole process to; may be given again (default: all cores that it "
+        "may use)")  # fmt: skip
+    add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[],
+        help="as for train; estimator=NAME picks one (default: both, where the preset has both)")  # fmt: skip
+    add("--seconds", default="0.25", metavar="S", help="seconds a figure and round, of five rounds")
+    add("--full-rank", action="store_true",
+        help="instead compare with full-rank evolution strategies: matrices for every member")  # fmt: skip
+    add("--host", action="store_true",
+        help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_bench)
 
@@ -330,6 +340,19 @@ def _add_engine(add: Any) -> None:
         metavar="NAME",
         help="auto, native, xla or reference; all give the same bits",
     )
+    add("--threads", type=_integer("--threads"), metavar="N", default=argparse.SUPPRESS,
+        help="threads to compute with, from 1 to 1024; changes speed, never the result (default: one for each "
+        "core that the process may use)")  # fmt: skip
+
+
+def _use_threads(parsed: argparse.Namespace) -> int | None:
+    """The number asked for, which XLA is told before it starts; None where none is."""
+    if not hasattr(parsed, "threads"):
+        return None
+    from intlm.engine.engine import check_threads, limit_xla_threads
+
+    limit_xla_threads(check_threads(parsed.threads))
+    return int(parsed.threads)
 
 
 def _integer(flag: str) -> Any:
@@ -349,6 +372,7 @@ def _train(parsed: argparse.Namespace) -> int:
     from train.report import Report
 
     words = {name: value for name, value in vars(parsed).items() if name != "command"}
+    words["threads"] = _use_threads(parsed)
     words["settings"] = tuple(words["settings"])
     terminal = sys.stderr.isatty()
 
@@ -407,9 +431,10 @@ def _sample(parsed: argparse.Namespace) -> int:
         fixed(parsed.min_p, 16, "--min-p", 1),
         parsed.seed,
     )
+    threads = _use_threads(parsed)
     prompt = _prompt(parsed)
     config, tokenizer, parameters, _ = load_model(*find_checkpoint(parsed.run))
-    engine = make_engine(parsed.engine, config.model, config.eggroll)
+    engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
     tokens = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)])
     sampler = Sampler(engine, config.model, parameters, sampling)
     drawn = sampler.tokens(tokens, parsed.count, parsed.tokens)
@@ -447,9 +472,10 @@ def _eval(parsed: argparse.Namespace) -> int:
     from train.job import load_model
     from train.run import find_checkpoint
 
+    threads = _use_threads(parsed)
     run, path = find_checkpoint(parsed.run)
     config, tokenizer, parameters, meta = load_model(run, path)
-    engine = make_engine(parsed.engine, config.model, config.eggroll)
+    engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
     data = getattr(parsed, "data", None)
     result = evaluate(run.name, meta["step"], config, engine, parameters, tokenizer, data, meta["corpus"])
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
@@ -482,23 +508,93 @@ def _audit(parsed: argparse.Namespace) -> int:
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    from eval.throughput import measure, table
+    from tqdm import tqdm
+
+    from eval.full_rank import compare
+    from eval.host import measure_host
+    from eval.throughput import count_of_figures, measure, table
+
+    if parsed.full_rank and parsed.host:
+        raise InputError("--full-rank and --host: give one of the two")
+    cases, config = _bench_cases(parsed)
+    seconds = _seconds(parsed.seconds)
+    count = len(cases) if parsed.host else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
+    with tqdm(total=count, unit="figure", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def progress(what: str) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update()
+
+        if parsed.host:
+            costs = []
+            for case in cases:
+                progress(f"training, {case.engine}, {case.config.estimator}")
+                settings = (*parsed.settings, f"estimator={case.config.estimator}",
+                            f"population={case.config.population}")  # fmt: skip
+                costs.append(measure_host(parsed.preset, settings, case, 16 * seconds))
+            found: list[Any] = costs
+            shown = "\n".join(cost.line() for cost in costs)
+        elif parsed.full_rank:
+            compared = [compare(config, case, seconds, progress) for case in cases]
+            found, shown = list(compared), "\n".join(each.lines() for each in compared)
+        else:
+            results = measure(config, cases, seconds, progress)
+            found, shown = list(results), table(results)
+    _write((json.dumps([each.as_dict() for each in found], indent=2) if parsed.json else shown) + "\n")
+    return DONE
+
+
+SHORT_STEP = 64 * 10**9
+"""Multiply-adds of a step, up to which `bench` adds larger populations by itself: seconds on a slow engine."""
+
+
+def _bench_cases(parsed: argparse.Namespace) -> tuple[list[Any], Any]:
+    """Every engine with every number of threads, estimator and population asked for; and the model."""
+    import dataclasses
+
+    from eval.throughput import Case, multiply_adds
+    from intlm.config import ESTIMATORS
+    from intlm.engine.engine import check_threads, usable_cores
     from intlm.engine.native import available_isas
     from train.config import TextConfig, resolve_config
 
-    config = resolve_config(parsed.preset, parsed.settings, TextConfig(), 256)
-    if not 0 <= parsed.seconds <= 3600:
-        raise InputError(f"--seconds {parsed.seconds}: must be from 0 to 3600")
+    def resolve(*settings: str) -> Any:
+        return resolve_config(parsed.preset, (*parsed.settings, *settings), TextConfig(), 256)
+
+    own = resolve()
+    configs = [own.eggroll]
+    chosen = any(setting.startswith("estimator=") for setting in parsed.settings)
+    for estimator in ESTIMATORS:
+        if estimator != own.eggroll.estimator and not chosen and not parsed.full_rank:
+            try:
+                configs.append(resolve(f"estimator={estimator}").eggroll)
+            except InputError:
+                continue  # a preset, or settings, that only the other one has
     engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
-    populations = parsed.populations or [config.eggroll.population]
+    if (parsed.full_rank or parsed.host) and not parsed.engines:
+        engines = engines[:1]
+    cases = []
+    for config in configs:
+        populations = parsed.populations
+        if not populations:
+            step = multiply_adds(own.model) * config.population * config.segment
+            more = () if parsed.full_rank or parsed.host else (4, 16)
+            populations = [
+                config.population * times for times in (1, *more) if times * step <= SHORT_STEP or times == 1
+            ]
+        for population in populations:
+            sized = dataclasses.replace(config, population=population, pairs_per_lane=1)
+            for engine in engines:
+                for threads in parsed.threads or [usable_cores()]:
+                    cases.append(Case(engine, check_threads(threads), sized))
+    return cases, own.model
 
-    def say(line: str) -> None:
-        if sys.stderr.isatty():
-            print(line, file=sys.stderr)
 
-    results = measure(config.model, config.eggroll, engines, populations, parsed.seconds, say)
-    if parsed.json:
-        _write(json.dumps([result.as_dict() for result in results], indent=2) + "\n")
-    else:
-        _write(table(results) + "\n")
-    return DONE
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise InputError(f"--seconds {text}: must be a number from 0 to 3600")
+    return seconds

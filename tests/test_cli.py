@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from intlm import checkpoint
+from intlm.engine.native import available_isas
 from train.metrics import read_metrics
 
 STEPS = 80
@@ -220,6 +221,13 @@ def test_chunks_change_no_bit(home: Path, short: bytes, chunk: str) -> None:
     assert last(home, f"chunk{chunk}") == short
 
 
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_threads_change_no_bit(home: Path, short: bytes, threads: str) -> None:
+    engine = ["--engine", "native" if available_isas() else "xla"]
+    run(home, *SHORT, *engine, "--threads", threads, "--run", f"threads{threads}")
+    assert last(home, f"threads{threads}") == short
+
+
 def test_engines_agree(home: Path, short: bytes) -> None:
     words = [*SHORT, "--checkpoint-every", "2", "--run", "xla"]
     run(home, *words, *XLA, "--chunk", "7")
@@ -361,7 +369,7 @@ def test_audit_of_a_run(home: Path) -> None:
     assert sum(operation["count"] for operation in result["operations"]) > 1000
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["eval"], ["audit"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["eval"], ["audit"], ["bench"]])
 def test_help(home: Path, command: list[str]) -> None:
     text = run(home, *command, "--help").decode()
     assert text.startswith("usage: intlm")

@@ -49,6 +49,7 @@ class Request:
     minutes: str | None = None
     engine: str = "auto"
     chunk: int = 0
+    threads: int | None = None
     settings: tuple[str, ...] = ()
     evaluate_every: int = 0
     checkpoint_every: int = 0
@@ -135,7 +136,7 @@ def prepare(request: Request, say: Any) -> Job:
     tokenizer = load_tokenizer(directory) if run else ByteTokenizer()
     config = _configuration(request, run, tokenizer)
     text = load_text(config.text, tokenizer, config.eggroll.seed)
-    engine = make_engine(request.engine, config.model, config.eggroll, request.chunk)
+    engine = make_engine(request.engine, config.model, config.eggroll, request.chunk, request.threads)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
     lanes = _lanes(config, text)
     counts = np.bincount(text.train_S, minlength=tokenizer.vocabulary)

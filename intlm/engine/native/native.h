@@ -35,7 +35,7 @@ struct StepJob {
   const int32_t *text;                  // [rows, T + 1]; PLAIN: [rows, T]
   const int8_t *state;                  // [rows, L, D]
   int8_t *state_after;                  // [rows, L, D]
-  int32_t *votes[PARAMETERS];           // of each parameter's shape
+  int32_t *votes[PARAMETERS];           // of each parameter's shape; null: the members are scored alone
   int64_t *square;                      // [PARAMETERS, L]: sums of B^2; WEIGHT: sum of q^2 first
   int64_t *counts;                      // score, difference, ties, saturated, seen
   int16_t *logits;                      // PLAIN: [rows, T, V]
