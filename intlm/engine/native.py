@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from intlm import eggroll, fixedpoint
@@ -21,7 +22,7 @@ from intlm.eggroll import Scales, Statistics, Votes
 from intlm.engine.engine import usable_cores
 from intlm.engine.xla import jit
 from intlm.errors import InputError, unknown
-from intlm.model import LAYER, TRAINED, Parameters
+from intlm.model import LAYER, TRAINED, Parameters, shapes
 
 ISAS = {"scalar": 1, "avx2": 2, "avx512": 4, "amx": 8}
 """Instruction sets, slowest first, with their bits in `intlm_isas`."""
@@ -210,6 +211,7 @@ class NativeEngine:
         self.chunk = chunk or SLICE_PAIRS
         self._evaluator = _Evaluator(loaded, self.isa, model)
         # What of a step's job stays the same.
+        self._shapes = {name: shapes(model)[name] for name in TRAINED}
         self._sums = len(_COUNTS) + len(TRAINED) * model.layers
         self._shift = np.zeros((len(TRAINED), model.layers), np.int32)
         self._horizon = np.zeros((len(TRAINED), model.layers), np.int32)
@@ -220,7 +222,7 @@ class NativeEngine:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` traced and compiled by XLA."""
-        return jit(function)
+        return bundled(function)
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""
@@ -256,7 +258,7 @@ class NativeEngine:
         tokens, state = _array(tokens_PxT1, np.int32), _array(state_PxLxD, np.int8)
         after = np.empty_like(state)
         job = self._job(key, scales, tokens.shape[1] - 1)
-        entries = sum(_entries(parameters[name]) for name in TRAINED) if votes else 0
+        entries = sum(map(math.prod, self._shapes.values())) if votes else 0
         total, sums = np.empty(entries, np.int32), np.zeros(self._sums, np.int64)
         for start in range(0, tokens.shape[0], self.chunk):
             part = np.empty(entries, np.int32) if start else total
@@ -266,7 +268,7 @@ class NativeEngine:
             )
             if start:
                 total += part
-        return *self._outcome(parameters, total, sums, votes), after
+        return *self._outcome(total, sums, votes), after
 
     def _job(self, key: Any, scales: Scales, segment: int) -> _StepJob:
         """What all slices of a step share."""
@@ -308,15 +310,13 @@ class NativeEngine:
         job.counts = sums.ctypes.data
         job.square = job.counts + sums.itemsize * len(_COUNTS)
         address = votes.ctypes.data
-        for row, name in enumerate(TRAINED):
+        for row, shape in enumerate(self._shapes.values()):
             job.votes[row] = address if votes.size else None
-            address += votes.itemsize * _entries(parameters[name])
+            address += votes.itemsize * math.prod(shape)
         self._evaluator.run(parameters, job)
 
-    def _outcome(
-        self, parameters: Parameters, total: np.ndarray, sums: np.ndarray, votes: bool
-    ) -> tuple[Votes, Statistics]:
-        statistics: Statistics = dict(zip(_COUNTS, sums, strict=False))
+    def _outcome(self, total: np.ndarray, sums: np.ndarray, votes: bool) -> tuple[Votes, Statistics]:
+        statistics: Statistics = dict(zip(_COUNTS, sums[: len(_COUNTS)], strict=True))
         if not votes:
             return {}, {name: statistics[name] for name in eggroll.SCORE_STATISTICS}
         square = sums[len(_COUNTS) :].reshape(len(TRAINED), -1)
@@ -325,15 +325,60 @@ class NativeEngine:
                 statistics[f"square.{name}"] = square[row] if name in LAYER else square[row, 0]
         else:
             statistics["square"] = square[0, 0]
-        ends = np.cumsum([_entries(parameters[name]) for name in TRAINED]).tolist()
-        parts = np.split(total, ends[:-1])
-        return {
-            name: part.reshape(parameters[name].shape) for name, part in zip(TRAINED, parts, strict=True)
-        }, statistics
+        parts, begin = {}, 0
+        for name, shape in self._shapes.items():
+            end = begin + math.prod(shape)
+            parts[name] = total[begin:end].reshape(shape)
+            begin = end
+        return parts, statistics
 
 
-def _entries(values: Any) -> int:
-    return math.prod(values.shape)
+def bundled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` traced and compiled by XLA, for arguments many of which are NumPy's.
+
+    Handing over an array costs a call microseconds, whatever its size, so that those of a dtype travel as one.
+    """
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def call(*arguments: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        kinds = tuple((x.dtype.char, x.shape) if isinstance(x, _NUMPY) else None for x in leaves)
+        program = programs.get((tree, kinds))
+        if program is None:
+            program = programs[tree, kinds] = jit(_unbundling(function, tree, kinds))
+        bundles: dict[str, list[Any]] = {}
+        for leaf, kind in zip(leaves, kinds, strict=True):
+            if kind:
+                bundles.setdefault(kind[0], []).append(leaf)
+        joined = {char: _joined(arrays) for char, arrays in bundles.items()}
+        return program(joined, [leaf for leaf, kind in zip(leaves, kinds, strict=True) if not kind])
+
+    return call
+
+
+_NUMPY = (np.ndarray, np.generic)
+
+
+def _joined(arrays: list[Any]) -> np.ndarray:
+    return np.ravel(arrays[0]) if len(arrays) == 1 else np.concatenate([np.ravel(array) for array in arrays])
+
+
+def _unbundling(function: Callable[..., Any], tree: Any, kinds: tuple[Any, ...]) -> Callable[..., Any]:
+    """`function` on what `bundled` makes of its arguments: a vector for each dtype, and the arguments left."""
+
+    def unbundled(joined: dict[str, Any], others: list[Any]) -> Any:
+        begin, left, leaves = dict.fromkeys(joined, 0), iter(others), []
+        for kind in kinds:
+            if not kind:
+                leaves.append(next(left))
+                continue
+            char, shape = kind
+            end = begin[char] + math.prod(shape)
+            leaves.append(joined[char][begin[char] : end].reshape(shape))
+            begin[char] = end
+        return function(*jax.tree.unflatten(tree, leaves))
+
+    return unbundled
 
 
 def _array(values: Any, dtype: type) -> np.ndarray:
