@@ -31,7 +31,7 @@ class HeldOut:
 
     @classmethod
     def from_stream(cls, stream_S: np.ndarray, tokenizer: Tokenizer, limit: int = 0) -> "HeldOut":
-        """Lay out a token stream (see `train.corpus.pack`), or its first `limit` tokens where that is not 0.
+        """Lay out a token stream (see `train.text.pack`), or its first `limit` tokens where that is not 0.
 
         Every token but the first, which is a separator, is predicted exactly once. Raises InputError for a
         stream in which nothing is to be predicted.

@@ -5,6 +5,7 @@ time wait until a command needs them.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -157,9 +158,23 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
     add("preset", nargs="?", metavar="PRESET", help="tiny, small, medium or paper (default: small)")
     add(
         "--data",
-        metavar="CORPUS",
-        help="'stdlib', or a file, directory or glob of text or JSON lines (default: stdlib)",
+        action="append",
+        metavar="CORPUS[=WEIGHT]",
+        help="'stdlib', or a file, directory or glob of text or JSON lines; given again, a mixture whose bytes "
+        "come in proportion to the weights, integers (default: stdlib)",
+        default=[],
+    )
+    add(
+        "--max-documents",
+        type=_integer("--max-documents"),
+        metavar="N",
+        help="only the first N documents of each corpus (default: 0, all)",
         default=argparse.SUPPRESS,
+    )
+    add(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on with a run although its text has changed; what follows cannot be reproduced",
     )
     add(
         "--held-out",
@@ -349,7 +364,8 @@ def _train(parsed: argparse.Namespace) -> int:
     from train.report import Report
 
     words = {name: value for name, value in vars(parsed).items() if name != "command"}
-    words["settings"] = tuple(words["settings"])
+    for name in ("settings", "data"):
+        words[name] = tuple(words[name])
     terminal = sys.stderr.isatty()
 
     def say(line: str) -> None:
@@ -363,9 +379,10 @@ def _train(parsed: argparse.Namespace) -> int:
         say(
             f"{verb} {job.run.directory}: {config.model.weights:,} weights, population "
             f"{config.eggroll.population:,}, segments of {config.eggroll.segment} tokens, engine "
-            f"{job.engine.name}; {sum(map(len, job.text.train)):,} bytes of text in {len(job.text.train):,} "
-            f"documents, {sum(map(len, job.text.held_out)):,} held out"
+            f"{job.engine.name}; {job.text}"
         )
+        for note in job.notes:
+            print(f"intlm: {note}", file=sys.stderr)
         if parsed.engine == "auto" and job.engine.name != "native":
             print(f"intlm: {why_not_fast()}", file=sys.stderr)
         if job.state.step >= config.steps:
@@ -373,7 +390,7 @@ def _train(parsed: argparse.Namespace) -> int:
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"
             )
             return DONE
-        with job.run.locked(), Report(job) as report:
+        with job.run.locked(), Report(job) as report, contextlib.closing(job.lanes):
             state = train(job, report, stop)
     left = f"{job.run.directory}: step {state.step} of {config.steps}"
     if state.step < config.steps:
@@ -451,7 +468,7 @@ def _eval(parsed: argparse.Namespace) -> int:
     config, tokenizer, parameters, meta = load_model(run, path)
     engine = make_engine(parsed.engine, config.model, config.eggroll)
     data = getattr(parsed, "data", None)
-    result = evaluate(run.name, meta["step"], config, engine, parameters, tokenizer, data, meta["corpus"])
+    result = evaluate(run.name, meta["step"], config, engine, parameters, tokenizer, data, meta["text"])
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
     return DONE
 

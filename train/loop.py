@@ -3,6 +3,7 @@
 import signal
 from types import FrameType
 
+from intlm.errors import InputError
 from intlm.evolution import EvolutionState
 from train.job import Job
 from train.report import Report
@@ -41,8 +42,17 @@ def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
     pending = None
     if state.step == 0 and not stop.requested:
         report.evaluate(job, state)
-    while state.step < steps and not stop.requested:
-        state, statistics = job.evolution.step(state, job.lanes.next_segment())
+    while state.step < steps and job.lanes.wait(lambda: stop.requested):
+        try:
+            tokens = job.lanes.next_segment()
+        except InputError:
+            # The text has failed: keep what was made of it.
+            if pending:
+                report.step(job, *pending)
+            report.log(job, state.step)
+            job.save(state)
+            raise
+        state, statistics = job.evolution.step(state, tokens)
         if pending:
             report.step(job, *pending)
         pending = (state.step, statistics)

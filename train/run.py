@@ -191,7 +191,9 @@ def find_checkpoint(name: str) -> tuple[Run, Path]:
     return run, latest
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], has: str = "run has", says: str = "command line says"
+) -> list[str]:
     """One line for each key in which the run's configuration `old` and the command line's `new` differ.
 
     Keys of nested dicts are joined by dots. Values are compared as JSON has them: a tuple is a list, but true
@@ -199,7 +201,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
-        f"{key}: run has {before.get(key, 'nothing')}, command line says {after.get(key, 'nothing')}"
+        f"{key}: {has} {before.get(key, 'nothing')}, {says} {after.get(key, 'nothing')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]

@@ -1,52 +1,206 @@
-"""The text of a run: documents for training and for evaluation, as streams of tokens."""
+"""The text of a run: what its corpora begin with, which side a document is on, and the order of training."""
 
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from eval.bits import HeldOut
+from intlm.errors import InputError
 from tokenizer import Tokenizer
-from train import corpus
-from train.config import TextConfig
+from train.config import TextConfig, parse_data
+from train.corpus import Corpus, cut, open_corpus
+from train.run import differences
+from train.split import Split, content_key, opening
+from train.stream import Limited, Place, Source, Stream, shares
 
+PREFIX_BYTES = 64 << 20
+"""Text at the start of the corpora that gives the held-out text, the baselines and the counts of tokens."""
+HELD_OUT_BYTES = 8 << 20
+"""Held-out text that is scored at most."""
+COUNTED_BYTES = 16 << 20
+"""Training text whose tokens are counted for the head bias."""
 EVALUATED_TOKENS = 1 << 18
 """Held-out tokens that training looks at now and then; `intlm eval` takes all of them."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """Documents and streams. train_S, held_out_S: 1-D tokens; digest: of the training documents in order."""
+class _Part:
+    corpus: Corpus
+    weight: int
+    block: int
 
+    def pieces(self) -> Iterator[bytes]:
+        """The documents, long ones cut, in the corpus' order."""
+        for document, _ in self.corpus.read({}):
+            yield from cut(document, self.block)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents are bytes.
+
+    train: the training text among the first `PREFIX_BYTES`, in the corpora's order; held_out: what is scored;
+    whole: whether that is all there is; identity: tells at resume whether the text has changed.
+    """
+
+    parts: tuple[_Part, ...]
+    split: Split | None
     train: list[bytes]
     held_out: list[bytes]
-    train_S: np.ndarray
-    held_out_S: np.ndarray
-    digest: str
+    whole: bool
+    identity: dict[str, Any]
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of training text a token, separators counted as tokens; for people to read."""
-        return sum(map(len, self.train)) / max(1, len(self.train_S))
+    def stream(self, seed: int, places: Any = None) -> Stream:
+        """The endless order of training, at its start or where `places` (`Stream.places`) say.
+
+        Raises InputError for places that are none of these corpora's.
+        """
+        try:
+            standing = [Place() for _ in self.parts] if places is None else [*map(Place.from_dict, places)]
+            holds_out = self.split.holds_out if self.split else None
+            return Stream(
+                [
+                    Source(part.corpus, seed, part.weight, part.block, holds_out, place)
+                    for part, place in zip(self.parts, standing, strict=True)
+                ]
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"no place in the text: {error}") from error
+
+    def counts(self, tokenizer: Tokenizer) -> np.ndarray:
+        """How often each token occurs in the first `COUNTED_BYTES` of training text: int64 [vocabulary]."""
+        counts_V = np.zeros(tokenizer.vocabulary, np.int64)
+        size = 0
+        for document in self.train:
+            counts_V += np.bincount(tokenizer.encode(document), minlength=tokenizer.vocabulary)
+            counts_V[tokenizer.separator] += 1
+            size += len(document)
+            if size >= COUNTED_BYTES:
+                break
+        return counts_V
+
+    def summary(self) -> str:
+        """For people."""
+        train, held_out = (f"{sum(map(len, side)):,}" for side in (self.train, self.held_out))
+        more = "" if self.whole else "at least "
+        return f"{more}{train} bytes of text in {more}{len(self.train):,} documents, {held_out} held out"
 
 
-def load_text(config: TextConfig, tokenizer: Tokenizer, seed: int) -> Text:
-    """Read, split, shuffle and tokenize the corpora of a run. Raises InputError; see `train.corpus`."""
-    documents = list(corpus.open_corpus(config.data, config.text_field, "--data").documents())
+def load_text(config: TextConfig) -> Text:
+    """Open the corpora of a run and read what they begin with. Raises InputError."""
+    parts, kept = [], set[bytes]()
+    for data in config.data:
+        name, weight = parse_data(data)
+        corpus = open_corpus(name, config.text_field, "--data")
+        if config.max_documents:
+            corpus = Limited(corpus, config.max_documents)
+        start = opening(corpus, "--data", hold_out=not config.held_out)
+        parts.append(_Part(corpus, weight, start.block))
+        kept |= start.kept
+    documents, whole = _prefix(parts)
     if config.held_out:
-        held_out_corpus = corpus.open_corpus(config.held_out, config.text_field, "--held-out")
-        train, held_out = documents, list(held_out_corpus.documents())
-    else:
-        train, held_out = corpus.split(documents)
-    train = corpus.shuffle(train, seed)
-    return Text(
-        train,
-        held_out,
-        corpus.pack(train, tokenizer),
-        corpus.pack(held_out, tokenizer),
-        corpus.digest(train),
-    )
+        return _text(parts, None, documents, _held_out(config), whole)
+    keys = [content_key(document) for document in documents]
+    split = Split(frozenset(kept))
+    if not any(map(split.holds_out_key, keys)):
+        split = Split(split.moved ^ {min(keys)})
+    sides: tuple[list[bytes], list[bytes]] = [], []
+    for document, key in zip(documents, keys, strict=True):
+        sides[split.holds_out_key(key)].append(document)
+    return _text(parts, split, sides[0], list(_first(sides[1], HELD_OUT_BYTES)), whole)
+
+
+def changes(before: Any, text: Text) -> list[str]:
+    """What differs between the identity of the text in a checkpoint and this text, in words; [] if nothing."""
+    after = text.identity
+    found = []
+    try:
+        for old, new in zip(before["corpora"], after["corpora"], strict=True):
+            if old != new:
+                lines = differences(old["fingerprint"], new["fingerprint"], "was", "is")
+                found.append(f"--data {new['name']}: the text has changed ({'; '.join(lines[:3])})")
+        if not found and before["start"] != after["start"]:
+            names = ", ".join(part.corpus.name for part in text.parts)
+            found.append(f"--data {names}: the text has changed (in its first {PREFIX_BYTES >> 20} MiB)")
+        if before["held_out"] != after["held_out"] and not found:
+            found.append("--held-out: the text has changed")
+    except (KeyError, TypeError, ValueError):
+        found = ["the checkpoint does not say which text it is of"]
+    return found
 
 
 def evaluated(text: Text, tokenizer: Tokenizer) -> HeldOut:
     """The part of the held-out text that is scored during training."""
-    return HeldOut.from_stream(text.held_out_S, tokenizer, EVALUATED_TOKENS)
+    return HeldOut.from_stream(pack(text.held_out, tokenizer, EVALUATED_TOKENS), tokenizer, EVALUATED_TOKENS)
+
+
+def pack(documents: Iterable[bytes], tokenizer: Tokenizer, limit: int = 0) -> np.ndarray:
+    """Separator, document, separator, document, …: 1-D tokens in the tokenizer's dtype.
+
+    Stops behind the document with which it has `limit` tokens, where that is not 0.
+    """
+    nothing = tokenizer.encode(b"")
+    separator = np.array([tokenizer.separator], nothing.dtype)
+    pieces, size = [nothing], 0
+    for document in documents:
+        pieces += [separator, tokenizer.encode(document)]
+        size += 1 + len(pieces[-1])
+        if limit and size >= limit:
+            break
+    return np.concatenate(pieces)
+
+
+def _held_out(config: TextConfig) -> list[bytes]:
+    corpus = open_corpus(config.held_out, config.text_field, "--held-out")
+    return list(_first((document for document, _ in corpus.read({})), HELD_OUT_BYTES))
+
+
+def _first(documents: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Documents until `size` bytes are passed; the last one is cut there."""
+    for document in documents:
+        yield document[:size]
+        size -= len(document)
+        if size <= 0:
+            return
+
+
+def _prefix(parts: list[_Part]) -> tuple[list[bytes], bool]:
+    """The first `PREFIX_BYTES` of all corpora by their weights, and whether that is all of them.
+
+    Interleaved as in training, but nothing is shuffled and no corpus comes twice.
+    """
+    readers = [part.pieces() for part in parts]
+    costs = shares([part.weight for part in parts])
+    paid = [0] * len(parts)
+    left = list(range(len(parts)))
+    documents: list[bytes] = []
+    size = 0
+    while left and size < PREFIX_BYTES:
+        current = min(left, key=paid.__getitem__)
+        document = next(readers[current], None)
+        if document is None:
+            left.remove(current)
+        else:
+            documents.append(document)
+            size += len(document)
+            paid[current] += len(document) * costs[current]
+    return documents, not left
+
+
+def _text(
+    parts: list[_Part], split: Split | None, train: list[bytes], held_out: list[bytes], whole: bool
+) -> Text:
+    corpora = [{"name": part.corpus.name, "fingerprint": part.corpus.fingerprint()} for part in parts]
+    identity = {"corpora": corpora, "start": _digest(train), "held_out": _digest(held_out)}
+    return Text(tuple(parts), split, train, held_out, whole, identity)
+
+
+def _digest(documents: Iterable[bytes]) -> str:
+    """Hex SHA-256 of documents in their order."""
+    whole = hashlib.sha256()
+    for document in documents:
+        whole.update(content_key(document))
+    return whole.hexdigest()
