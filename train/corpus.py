@@ -12,7 +12,7 @@ import os
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,23 +30,64 @@ SMALLEST_BLOCK = 512
 LONGEST_UTF8 = 4
 
 
+Cursor = dict[str, int | str]
+"""Where a reader of a corpus stands, exactly: small, flat, and fit for JSON. `{}` is the start."""
+
+Fingerprint = dict[str, Any]
+"""What a corpus is read from, fit for JSON; equal fingerprints mean equal documents."""
+
+
+class SourceUnavailable(InputError):
+    """A source that was there no longer answers, after every retry: what was trained so far is worth saving."""
+
+
 class Corpus(Protocol):
-    """Documents in a fixed order."""
+    """Documents in a fixed order, to be read from any of them on."""
 
     name: str
     """The corpus as the user wrote it."""
 
-    def documents(self) -> Iterator[bytes]:
-        """Every document that is not empty, in the same order each time. `InputError` for unusable text."""
+    def read(self, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
+        """Documents that are not empty, in a fixed order, from `cursor` on; each with the cursor behind it.
+
+        `read(c)` for a `c` that was yielded goes on with exactly the next document. A document's memory is
+        the reader's own; a corpus of any size takes no more than a bounded amount beside it. `InputError` for
+        unusable text, and where a reader that started at `{}` finds none; `SourceUnavailable` where the
+        source stopped answering.
+        """
         ...
 
+    def fingerprint(self) -> Fingerprint:
+        """What tells at resume, cheaply, whether the corpus has changed. `InputError` as in `read`."""
+        ...
 
-class StdlibCorpus:
+    def documents(self) -> Iterator[bytes]:
+        """All of `read({})`, without the cursors."""
+        return (document for document, _ in self.read({}))
+
+
+class _Counted(Corpus):
+    """A stop-gap: a cursor that counts documents."""
+
+    def _all(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def read(self, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
+        skipped = int(cursor.get("document", 0))
+        for number, document in enumerate(self._all(), start=1):
+            if number > skipped:
+                yield document, {"document": number}
+
+    def fingerprint(self) -> Fingerprint:
+        return {"sha256": digest(self._all())}
+
+
+class StdlibCorpus(_Counted):
     """The source of the running interpreter's standard library without its tests: one file, one document."""
 
     name = "stdlib"
 
-    def documents(self) -> Iterator[bytes]:
+    def _all(self) -> Iterator[bytes]:
         """Each `.py` file, by path. `InputError` where this Python came without its source."""
         root = Path(sysconfig.get_path("stdlib"))
         flag = "stdlib"
@@ -58,7 +99,7 @@ class StdlibCorpus:
                 yield document
 
 
-class FilesCorpus:
+class FilesCorpus(_Counted):
     """Text files and JSON-lines files: one path, a directory with all below it, or a glob.
 
     A file ending in .json, .jsonl or .ndjson has one JSON object a line, each a document, whose text is in
@@ -74,7 +115,7 @@ class FilesCorpus:
         self._flag = flag
         self._paths = self._find()
 
-    def documents(self) -> Iterator[bytes]:
+    def _all(self) -> Iterator[bytes]:
         """Every document that is not empty. `InputError` for an unusable file or line, or for no text."""
         empty = True
         for path in self._paths:
