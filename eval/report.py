@@ -11,7 +11,7 @@ from intlm.model import Parameters
 from tokenizer import Tokenizer
 from train.config import RunConfig
 from train.corpus import open_corpus
-from train.text import changes, load_text, pack
+from train.text import HELD_OUT_BYTES, first, load_text, pack
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ def evaluate(
     parameters: Parameters,
     tokenizer: Tokenizer,
     data: str | None = None,
-    identity: dict[str, Any] | None = None,
+    fingerprints: Any = None,
+    digests: dict[str, str] | None = None,
 ) -> Evaluation:
-    """Score the run's held-out text, or all documents of the corpus `data`. Raises InputError for bad text.
+    """Score the run's held-out text, or the corpus `data` instead. Raises InputError for bad text.
 
-    n-grams are counted on the run's training text. `identity` is of the text that the model was trained on: of
-    another text, what is held out may have been trained on, so that it is refused.
+    n-grams are counted on the run's training text. `fingerprints` and `digests` are of the text that the model
+    was trained on: of another text, what is held out may have been trained on, so that it is refused.
     """
     text = load_text(config.text)
-    if data is None and identity is not None and (changed := changes(identity, text)):
+    if data is None and digests is not None and (changed := text.changes(fingerprints, digests)):
         raise InputError(
             f"{changed[0]} since the run {run} was trained; restore it, or name another with --data"
         )
@@ -74,7 +75,8 @@ def evaluate(
     documents, name = text.held_out, config.text.held_out or f"held-out part of {names}"
     if data is not None:
         corpus = open_corpus(data, config.text.text_field)
-        documents, name = [document for document, _ in corpus.read({})], data
+        documents, whole = first(corpus.documents(), HELD_OUT_BYTES)
+        name = data if whole else f"the first {HELD_OUT_BYTES >> 20} MiB of {data}"
     held_out = HeldOut.from_stream(pack(documents, tokenizer), tokenizer)
     bits = Evaluator(engine, config.model, held_out).bits_per_byte(parameters)
     member_tokens = step * config.eggroll.population * config.eggroll.segment

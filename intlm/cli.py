@@ -468,7 +468,9 @@ def _eval(parsed: argparse.Namespace) -> int:
     config, tokenizer, parameters, meta = load_model(run, path)
     engine = make_engine(parsed.engine, config.model, config.eggroll)
     data = getattr(parsed, "data", None)
-    result = evaluate(run.name, meta["step"], config, engine, parameters, tokenizer, data, meta["text"])
+    result = evaluate(
+        run.name, meta["step"], config, engine, parameters, tokenizer, data, run.fingerprints, meta["text"]
+    )
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
     return DONE
 

@@ -1,7 +1,7 @@
-"""Where text comes from, and how it becomes one stream of tokens.
+"""Where text comes from.
 
-A document is `bytes`. A corpus yields documents in a fixed order; `split` holds some of them out, `shuffle`
-orders the rest, and `pack` turns them into the token stream that `train.lanes` reads.
+A document is `bytes`. A corpus yields documents in a fixed order, from any of them on. `train.split` holds some
+of them out, `train.stream` orders the rest, and `train.lanes` turns them into the tokens of a step.
 """
 
 import difflib
@@ -14,10 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from intlm.errors import InputError
-from tokenizer import Tokenizer
 
 JSON_LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
 # A lone .json found in a directory is more often a configuration than text, so it has to be named.
@@ -25,8 +22,6 @@ DIRECTORY_ENDINGS = (".jsonl", ".md", ".ndjson", ".py", ".rst", ".text", ".txt")
 STDLIB_LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "__pycache__"}
 )
-HELD_OUT_ONE_IN = 32
-SMALLEST_BLOCK = 512
 LONGEST_UTF8 = 4
 
 
@@ -181,33 +176,6 @@ def open_corpus(name: str, text_field: str = "text", flag: str = "--data") -> Co
     return FilesCorpus(name, text_field, flag)
 
 
-def split(documents: Iterable[bytes], flag: str = "--data") -> tuple[list[bytes], list[bytes]]:
-    """Documents to train on and documents held out: about one in 32, chosen by their content alone.
-
-    Order and file names do not matter, and copies of a document land on the same side. With fewer than 32
-    different documents, all are first cut into blocks, which are the documents from there on. `InputError`
-    where there is too little text for both sides to get some. Each side keeps the order given.
-    """
-    documents = [document for document in documents if document]
-    total = sum(map(len, documents))
-    if len(set(documents)) < HELD_OUT_ONE_IN:
-        size = max(SMALLEST_BLOCK, total // 256)
-        documents = [block for document in documents for block in cut(document, size)]
-    hashes = [_hash(document) for document in documents]
-    different = set(hashes)
-    if len(different) < 2:
-        raise InputError(
-            f"{flag}: too short to hold out text: {total} bytes make {len(different)} block of different text"
-            f" (accepted: two different documents, or one of more than {SMALLEST_BLOCK} bytes)"
-        )
-    held_out = {key for key in different if int.from_bytes(key[:8]) % HELD_OUT_ONE_IN == 0}
-    if not held_out or held_out == different:
-        # Moves the smallest to the side that has nothing.
-        held_out ^= {min(different)}
-    pairs = list(zip(documents, hashes, strict=True))
-    return [d for d, key in pairs if key not in held_out], [d for d, key in pairs if key in held_out]
-
-
 def cut(document: bytes, size: int) -> list[bytes]:
     """Blocks of at most `size` bytes (4 or more) that join to `document`.
 
@@ -226,33 +194,12 @@ def cut(document: bytes, size: int) -> list[bytes]:
     return blocks
 
 
-def shuffle(documents: Iterable[bytes], seed: int) -> list[bytes]:
-    """The documents in an order that depends on `seed` and their contents alone, not on the order given.
-
-    `InputError` for a seed outside 0 … 2^64 − 1.
-    """
-    if not 0 <= seed < 2**64:
-        raise InputError(f"--seed: {seed} (accepted: 0 to 2^64 - 1)")
-    prefix = seed.to_bytes(8, "little")
-    return sorted(documents, key=lambda document: (_hash(prefix + _hash(document)), document))
-
-
 def digest(documents: Iterable[bytes]) -> str:
     """Hex SHA-256 of the documents in their order: tells at resume whether the corpus has changed."""
     whole = hashlib.sha256()
     for document in documents:
         whole.update(_hash(document))
     return whole.hexdigest()
-
-
-def pack(documents: Iterable[bytes], tokenizer: Tokenizer) -> np.ndarray:
-    """One stream of tokens, 1-D in the tokenizer's dtype: separator, document, separator, document, …"""
-    nothing = tokenizer.encode(b"")
-    separator = np.array([tokenizer.separator], nothing.dtype)
-    pieces = [nothing]
-    for document in documents:
-        pieces += [separator, tokenizer.encode(document)]
-    return np.concatenate(pieces)
 
 
 _ACCEPTED = "'stdlib', or a file, a directory or a glob of text or JSON lines"

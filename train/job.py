@@ -19,9 +19,10 @@ from intlm.errors import InputError
 from intlm.evolution import Evolution, EvolutionState, initial
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
+from train.corpus import SourceUnavailable
 from train.lanes import Lanes
-from train.run import RUNS, Run, differences
-from train.text import Text, changes, evaluated, load_text
+from train.run import DATA, RUNS, Run, differences, encode_fingerprints
+from train.text import Text, evaluated, load_text
 
 DEFAULT_PRESET = "small"
 DEFAULT_MINUTES = "5"
@@ -32,7 +33,7 @@ EVALUATIONS = 20
 """Evaluations and checkpoints in a run, where nothing else is asked for."""
 
 
-RUN_FILES = {"baselines.json", "checkpoints", "config.json", "tokenizer.json"}
+RUN_FILES = {"baselines.json", "checkpoints", "config.json", DATA, "tokenizer.json"}
 """What a run is made of before its first step."""
 
 
@@ -94,7 +95,7 @@ class Job:
     config: RunConfig
     tokenizer: Tokenizer
     text: str
-    identity: dict[str, Any]
+    digests: dict[str, str]
     engine: Engine
     evolution: Evolution
     evaluator: Evaluator
@@ -121,7 +122,7 @@ class Job:
             "step": state.step,
             "position": self.lanes.position,
             "tokenizer": self.tokenizer.digest,
-            "text": self.identity,
+            "text": self.digests,
         }
         path = self.run.checkpoint_path(state.step)
         checkpoint.write(path, Checkpoint(arrays, meta))
@@ -142,6 +143,7 @@ def prepare(request: Request, say: Any) -> Job:
     engine = make_engine(request.engine, config.model, config.eggroll, request.chunk)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
     lanes = _lanes(config, text, tokenizer)
+    resumed = run is not None
     latest = run.latest() if run else None
     # A checkpoint has the counts' head bias.
     counts = np.zeros(tokenizer.vocabulary, np.int64) if latest else text.counts(tokenizer)
@@ -159,25 +161,38 @@ def prepare(request: Request, say: Any) -> Job:
             tokenizer.save(directory)
         except OSError as error:
             raise InputError(f"--run {directory}: cannot be made: {error.strerror or error}") from error
-        files = {"baselines.json": (json.dumps(figures, indent=2) + "\n").encode()}
+        files = {
+            "baselines.json": (json.dumps(figures, indent=2) + "\n").encode(),
+            DATA: encode_fingerprints(text.fingerprints()),
+        }
         run = Run.create(directory, config.as_dict(), files)
     notes = []
     if latest:
         state, meta = restore(latest, config, tokenizer, state)
-        if changed := changes(meta["text"], text):
-            if not request.accept_changed_data:
-                raise InputError(
-                    f"{changed[0]} since {latest} was written; restore it, go on all the same with "
-                    "--accept-changed-data, or start another run with --run"
-                )
-            notes = [
-                f"{change}; going on, but not to the same bits, nor to comparable scores"
-                for change in changed
-            ]
+        position = meta["position"]
+        changed = text.changes(run.fingerprints, meta["text"])
+        if changed and not request.accept_changed_data:
+            raise InputError(
+                f"{changed[0]} since {latest} was written; restore it, go on all the same with "
+                "--accept-changed-data, or start another run with --run"
+            )
         try:
-            lanes = _lanes(config, text, tokenizer, meta["position"])
-        except (InputError, KeyError, TypeError) as error:
+            if changed:
+                notes = [
+                    f"{change}; going on, to other bits and scores of another text" for change in changed
+                ]
+                position["sources"], lost = text.settled(position["sources"])
+                notes += lost
+            lanes = _lanes(config, text, tokenizer, position)
+        except SourceUnavailable:
+            raise
+        except (InputError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{latest}: its position is damaged: {error}") from error
+        if changed:
+            run.keep_fingerprints(text.fingerprints())
+    elif resumed:
+        # Nothing has been made of the text yet.
+        run.keep_fingerprints(text.fingerprints())
     evolution = Evolution(engine, config.model, config.eggroll, config.steps)
     return Job(
         request=request,
@@ -185,7 +200,7 @@ def prepare(request: Request, say: Any) -> Job:
         config=config,
         tokenizer=tokenizer,
         text=text.summary(),
-        identity=text.identity,
+        digests=text.digests,
         engine=engine,
         evolution=evolution,
         evaluator=evaluator,

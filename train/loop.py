@@ -1,6 +1,8 @@
 """The training loop."""
 
+import os
 import signal
+import time
 from types import FrameType
 
 from intlm.errors import InputError
@@ -8,12 +10,18 @@ from intlm.evolution import EvolutionState
 from train.job import Job
 from train.report import Report
 
+PATIENCE = 1.0
+
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag that the loop looks at after each step."""
+    """Turns SIGINT and SIGTERM into a flag that the loop looks at after each step.
+
+    A second one, `PATIENCE` seconds later or more, ends the process at once: the first may wait for a network.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -28,6 +36,10 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and time.monotonic() - self._since >= PATIENCE:
+            os._exit(130)
+        if not self.requested:
+            self._since = time.monotonic()
         self.requested = True
 
 

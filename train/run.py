@@ -2,6 +2,7 @@
 
 runs/<name>/config.json                           the resolved configuration; its presence makes it a run
 runs/<name>/tokenizer.*                           the tokenizer's files
+runs/<name>/data.json                             what tells whether a corpus has changed, see `train.text`
 runs/<name>/metrics.jsonl                         see `train.metrics`
 runs/<name>/tensorboard/                          see `train.tracking`
 runs/<name>/checkpoints/step-00001000.safetensors see `intlm.checkpoint`
@@ -22,6 +23,14 @@ from intlm.errors import InputError
 
 RUNS = Path("runs")  # below the current directory
 CHECKPOINT_NAME = re.compile(r"step-([0-9]+)\.safetensors")
+
+
+DATA = "data.json"
+
+
+def encode_fingerprints(fingerprints: dict[str, Any]) -> bytes:
+    """The content of `data.json`."""
+    return (json.dumps(fingerprints, indent=2) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,18 @@ class Run:
     def name(self) -> str:
         """The directory's last part."""
         return self.directory.resolve().name
+
+    @property
+    def fingerprints(self) -> Any:
+        """What `data.json` holds; None where it is missing or damaged."""
+        try:
+            return json.loads((self.directory / DATA).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def keep_fingerprints(self, fingerprints: dict[str, Any]) -> None:
+        """Write `data.json`. Raises `InputError` where that cannot be done."""
+        replace_file(self.directory / DATA, [encode_fingerprints(fingerprints)])
 
     @property
     def metrics_path(self) -> Path:

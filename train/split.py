@@ -52,8 +52,8 @@ def opening(corpus: Corpus, flag: str, hold_out: bool = True) -> Opening:
     """Look into a corpus until 32 different documents are found, or for `OPENING_BYTES`.
 
     A corpus that ends before has its documents cut into blocks of at most 1/256 of its bytes, or 512, so that
-    a single file gets a held-out part too. Where something is to be held out (`hold_out`), raises InputError for a
-    corpus that has not even two different blocks.
+    a single file gets a held-out part too. Where something is to be held out (`hold_out`), raises InputError
+    for a corpus that has not even two different blocks.
     """
     documents: list[bytes] = []
     different: set[bytes] = set()

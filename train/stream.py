@@ -27,7 +27,7 @@ _ORDER = (0, 1)
 class Place:
     """Where a source stands: before a document. JSON can hold it."""
 
-    cursor: dict[str, Any] = field(default_factory=dict)
+    cursor: Cursor = field(default_factory=dict)
     """The corpus' own, at the start of the window, or of the long document that it starts inside."""
     skip: int = 0
     """Blocks of that long document that belong to the window before."""
@@ -72,10 +72,10 @@ class Source:
         self.corpus, self.weight = corpus, weight
         self.place = place or Place()
         self._seed, self._block, self._holds_out = seed, block, holds_out
-        self._pieces: Iterator[tuple[bytes, dict[str, Any], int]] | None = None
+        self._pieces: Iterator[tuple[bytes, Cursor, int]] | None = None
         self._documents: list[bytes] = []
         self._order: list[int] | None = None
-        self._behind: tuple[dict[str, Any], int] | None = None
+        self._behind: tuple[Cursor, int] | None = None
 
     def document(self) -> bytes:
         """The document at the place."""
@@ -129,7 +129,7 @@ class Source:
             self._pieces = None
         self._shuffle()
 
-    def _read(self, cursor: dict[str, Any], skip: int) -> Iterator[tuple[bytes, dict[str, Any], int]]:
+    def _read(self, cursor: Cursor, skip: int) -> Iterator[tuple[bytes, Cursor, int]]:
         """Every block from a place on, and the place behind it."""
         for document, after in self.corpus.read(cursor):
             if len(document) <= self._block:
@@ -186,27 +186,26 @@ class Stream:
             self._current = self.sources[served.index(min(served))]
 
 
-class Limited:
-    """The first documents of a corpus, as a corpus."""
+class Limited(Corpus):
+    """The first documents of a corpus, as a corpus. Its cursor has `given`, how many there were, on top."""
 
     def __init__(self, corpus: Corpus, documents: int):
         """At most `documents` of them."""
         self.name = corpus.name
         self._corpus, self._limit = corpus, documents
 
-    def read(self, cursor: dict[str, Any]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """See `Corpus`."""
-        number = cursor.get("documents", 0)
-        if number >= self._limit:
-            return
-        for document, after in self._corpus.read(cursor.get("cursor", {})):
-            number += 1
-            yield document, {"cursor": after, "documents": number}
-            if number >= self._limit:
-                return
+    def read(self, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
+        """See `Corpus.read`."""
+        inner = {key: value for key, value in cursor.items() if key != "given"}
+        first = int(cursor.get("given", 0)) + 1
+        if first <= self._limit:
+            for number, (document, after) in enumerate(self._corpus.read(inner), start=first):
+                yield document, {**after, "given": number}
+                if number >= self._limit:
+                    return
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The whole corpus'."""
+    def fingerprint(self) -> Fingerprint:
+        """Of the whole corpus."""
         return self._corpus.fingerprint()
 
 

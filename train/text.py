@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from eval.bits import HeldOut
 from intlm.errors import InputError
 from tokenizer import Tokenizer
 from train.config import TextConfig, parse_data
-from train.corpus import Corpus, cut, open_corpus
+from train.corpus import Corpus, SourceUnavailable, cut, open_corpus
 from train.run import differences
 from train.split import Split, content_key, opening
 from train.stream import Limited, Place, Source, Stream, shares
@@ -22,6 +22,7 @@ HELD_OUT_BYTES = 8 << 20
 """Held-out text that is scored at most."""
 COUNTED_BYTES = 16 << 20
 """Training text whose tokens are counted for the head bias."""
+BATCH = 1 << 20
 EVALUATED_TOKENS = 1 << 18
 """Held-out tokens that training looks at now and then; `intlm eval` takes all of them."""
 
@@ -43,7 +44,7 @@ class Text:
     """Documents are bytes.
 
     train: the training text among the first `PREFIX_BYTES`, in the corpora's order; held_out: what is scored;
-    whole: whether that is all there is; identity: tells at resume whether the text has changed.
+    whole: whether that is all there is; digests: of `train` and `held_out`.
     """
 
     parts: tuple[_Part, ...]
@@ -51,7 +52,7 @@ class Text:
     train: list[bytes]
     held_out: list[bytes]
     whole: bool
-    identity: dict[str, Any]
+    digests: dict[str, str]
 
     def stream(self, seed: int, places: Any = None) -> Stream:
         """The endless order of training, at its start or where `places` (`Stream.places`) say.
@@ -70,16 +71,53 @@ class Text:
         except (TypeError, ValueError) as error:
             raise InputError(f"no place in the text: {error}") from error
 
+    def fingerprints(self) -> dict[str, Any]:
+        """By corpus, what tells at resume whether it has changed. JSON can hold it."""
+        return {part.corpus.name: part.corpus.fingerprint() for part in self.parts}
+
+    def changes(self, fingerprints: Any, digests: Any) -> list[str]:
+        """What is not as it was when the run had these `fingerprints` and its checkpoint these `digests`."""
+        found = []
+        if not isinstance(fingerprints, dict):
+            found.append("--data: the text may have changed (data.json of the run is missing or damaged)")
+        else:
+            for name, after in self.fingerprints().items():
+                before = fingerprints.get(name)
+                if before != after:
+                    lines = differences(before if isinstance(before, dict) else {}, after, "was", "is")
+                    more = f"; {len(lines) - 3} more" if len(lines) > 3 else ""
+                    found.append(f"--data {name}: the text has changed ({'; '.join(lines[:3])}{more})")
+        if not found and digests.get("train") != self.digests["train"]:
+            names = ", ".join(part.corpus.name for part in self.parts)
+            found.append(f"--data {names}: the text has changed (in its first {PREFIX_BYTES >> 20} MiB)")
+        if not found and digests.get("held_out") != self.digests["held_out"]:
+            found.append("--held-out: the text has changed")
+        return found
+
+    def settled(self, places: list[Any]) -> tuple[list[Any], list[str]]:
+        """`Stream.places` in corpora that have changed; one that is there no longer becomes the start.
+
+        Also says so. Raises `SourceUnavailable`.
+        """
+        settled, notes = [], []
+        for part, values in zip(self.parts, places, strict=True):
+            place = Place.from_dict(values)
+            try:
+                next(iter(part.corpus.read(place.cursor)), None)
+            except SourceUnavailable:
+                raise
+            except InputError as error:
+                notes.append(f"{error}; {part.corpus.name} is read again from its start")
+                place = Place(epoch=place.epoch + 1, documents=place.documents, bytes=place.bytes)
+            settled.append(asdict(place))
+        return settled, notes
+
     def counts(self, tokenizer: Tokenizer) -> np.ndarray:
         """How often each token occurs in the first `COUNTED_BYTES` of training text: int64 [vocabulary]."""
+        tokens = pack(first(self.train, COUNTED_BYTES)[0], tokenizer)
         counts_V = np.zeros(tokenizer.vocabulary, np.int64)
-        size = 0
-        for document in self.train:
-            counts_V += np.bincount(tokenizer.encode(document), minlength=tokenizer.vocabulary)
-            counts_V[tokenizer.separator] += 1
-            size += len(document)
-            if size >= COUNTED_BYTES:
-                break
+        for start in range(0, len(tokens), BATCH):  # a count takes 8 bytes a token
+            counts_V += np.bincount(tokens[start : start + BATCH], minlength=len(counts_V))
         return counts_V
 
     def summary(self) -> str:
@@ -102,7 +140,8 @@ def load_text(config: TextConfig) -> Text:
         kept |= start.kept
     documents, whole = _prefix(parts)
     if config.held_out:
-        return _text(parts, None, documents, _held_out(config), whole)
+        held_out = open_corpus(config.held_out, config.text_field, "--held-out").documents()
+        return _text(parts, None, documents, first(held_out, HELD_OUT_BYTES)[0], whole)
     keys = [content_key(document) for document in documents]
     split = Split(frozenset(kept))
     if not any(map(split.holds_out_key, keys)):
@@ -110,26 +149,7 @@ def load_text(config: TextConfig) -> Text:
     sides: tuple[list[bytes], list[bytes]] = [], []
     for document, key in zip(documents, keys, strict=True):
         sides[split.holds_out_key(key)].append(document)
-    return _text(parts, split, sides[0], list(_first(sides[1], HELD_OUT_BYTES)), whole)
-
-
-def changes(before: Any, text: Text) -> list[str]:
-    """What differs between the identity of the text in a checkpoint and this text, in words; [] if nothing."""
-    after = text.identity
-    found = []
-    try:
-        for old, new in zip(before["corpora"], after["corpora"], strict=True):
-            if old != new:
-                lines = differences(old["fingerprint"], new["fingerprint"], "was", "is")
-                found.append(f"--data {new['name']}: the text has changed ({'; '.join(lines[:3])})")
-        if not found and before["start"] != after["start"]:
-            names = ", ".join(part.corpus.name for part in text.parts)
-            found.append(f"--data {names}: the text has changed (in its first {PREFIX_BYTES >> 20} MiB)")
-        if before["held_out"] != after["held_out"] and not found:
-            found.append("--held-out: the text has changed")
-    except (KeyError, TypeError, ValueError):
-        found = ["the checkpoint does not say which text it is of"]
-    return found
+    return _text(parts, split, sides[0], first(sides[1], HELD_OUT_BYTES)[0], whole)
 
 
 def evaluated(text: Text, tokenizer: Tokenizer) -> HeldOut:
@@ -153,18 +173,15 @@ def pack(documents: Iterable[bytes], tokenizer: Tokenizer, limit: int = 0) -> np
     return np.concatenate(pieces)
 
 
-def _held_out(config: TextConfig) -> list[bytes]:
-    corpus = open_corpus(config.held_out, config.text_field, "--held-out")
-    return list(_first((document for document, _ in corpus.read({})), HELD_OUT_BYTES))
-
-
-def _first(documents: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Documents until `size` bytes are passed; the last one is cut there."""
+def first(documents: Iterable[bytes], size: int) -> tuple[list[bytes], bool]:
+    """Documents until `size` bytes are there, the last one cut there; and whether that is all of them."""
+    taken: list[bytes] = []
     for document in documents:
-        yield document[:size]
-        size -= len(document)
         if size <= 0:
-            return
+            return taken, False
+        taken.append(document[:size])
+        size -= len(document)
+    return taken, size >= 0
 
 
 def _prefix(parts: list[_Part]) -> tuple[list[bytes], bool]:
@@ -193,9 +210,8 @@ def _prefix(parts: list[_Part]) -> tuple[list[bytes], bool]:
 def _text(
     parts: list[_Part], split: Split | None, train: list[bytes], held_out: list[bytes], whole: bool
 ) -> Text:
-    corpora = [{"name": part.corpus.name, "fingerprint": part.corpus.fingerprint()} for part in parts]
-    identity = {"corpora": corpora, "start": _digest(train), "held_out": _digest(held_out)}
-    return Text(tuple(parts), split, train, held_out, whole, identity)
+    digests = {"train": _digest(train), "held_out": _digest(held_out)}
+    return Text(tuple(parts), split, train, held_out, whole, digests)
 
 
 def _digest(documents: Iterable[bytes]) -> str:
