@@ -8,10 +8,10 @@ from train.corpus import Corpus, cut
 
 HELD_OUT_ONE_IN = 32
 SMALLEST_BLOCK = 512
-OPENING_BYTES = 32 << 20
+OPENING_BYTES = 16 << 20
 """How far into a corpus we look for 32 different documents."""
-LARGEST_BLOCK = OPENING_BYTES // 256
-"""Bytes of the longest document; a longer one is cut."""
+UNCUT = 1 << 62
+"""A block that no document is too long for."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def content_key(document: bytes) -> bytes:
 
 
 def opening(corpus: Corpus, flag: str, hold_out: bool = True) -> Opening:
-    """Look into a corpus until 32 different documents are found, or for `OPENING_BYTES`.
+    """Look into a corpus until 32 different documents are found, for `OPENING_BYTES` at most.
 
-    A corpus that ends before has its documents cut into blocks of at most 1/256 of its bytes, or 512, so that
-    a single file gets a held-out part too. Where something is to be held out (`hold_out`), raises InputError
+    Where there are fewer, documents are cut into blocks of at most 1/256 of the bytes seen, or 512, so that a
+    single file gets a held-out part too. Where something is to be held out (`hold_out`), raises InputError
     for a corpus that has not even two different blocks.
     """
     documents: list[bytes] = []
@@ -62,10 +62,12 @@ def opening(corpus: Corpus, flag: str, hold_out: bool = True) -> Opening:
         documents.append(document)
         different.add(content_key(document))
         size += len(document)
-        if len(different) >= HELD_OUT_ONE_IN or size >= OPENING_BYTES:
-            return Opening(LARGEST_BLOCK)
-    block = max(SMALLEST_BLOCK, size // 256)
-    if not hold_out:
+        if len(different) >= HELD_OUT_ONE_IN:
+            return Opening(UNCUT)
+        if size >= OPENING_BYTES:
+            break
+    block = max(SMALLEST_BLOCK, min(size, OPENING_BYTES) // 256)
+    if not hold_out or size >= OPENING_BYTES:
         return Opening(block)
     keys = {content_key(piece) for document in documents for piece in cut(document, block)}
     if len(keys) < 2:

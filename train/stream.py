@@ -16,6 +16,7 @@ import numpy as np
 from intlm import noise
 from intlm.errors import InputError
 from train.corpus import Corpus, Cursor, Fingerprint, cut
+from train.split import UNCUT
 
 WINDOW_BYTES = 32 << 20
 """Training text that is shuffled together; a corpus of up to this is shuffled whole."""
@@ -64,7 +65,7 @@ class Source:
         corpus: Corpus,
         seed: int,
         weight: int = 1,
-        block: int = WINDOW_BYTES,
+        block: int = UNCUT,
         holds_out: Callable[[bytes], bool] | None = None,
         place: Place | None = None,
     ):
