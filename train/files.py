@@ -50,7 +50,7 @@ class FilesCorpus(Corpus):
         within = {key: value for key, value in cursor.items() if key != "file"}
         first = int(cursor.get("file", 0))
         if first >= len(self._paths):
-            raise InputError(f"{self._flag}: {self.name!r} has no file {first + 1} any more; it has changed")
+            raise InputError(f"{self._flag}: {self.name!r} has no file {first + 1} any more: it has changed")
         for number, path in enumerate(self._paths[first:], start=first):
             for document, position in _File(path, self._flag).documents(self._text_field, within):
                 if document:

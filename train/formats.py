@@ -6,7 +6,6 @@ the empty documents (and, for a null, `b""`), so that its cursor always tells ho
 
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -30,6 +29,7 @@ LONGEST_LINE = 64 << 20
 BUFFER = 1 << 20
 # Rows turned into Python objects at once, so that books for documents fit in memory too.
 ROWS = 64
+WENT_ON = "where reading was to go on: it has changed"
 
 
 class Source(Protocol):
@@ -56,7 +56,8 @@ def documents(source: Source, text_field: str, cursor: Cursor) -> Iterator[tuple
     - .json .jsonl .ndjson: one JSON object a line, of at most `LONGEST_LINE` bytes, with the text in the field
       `text_field`. Blank lines are skipped. Cursor: `offset` in bytes and `line`, both of what has been read.
     - .parquet: the column `text_field`, of strings or of UTF-8 bytes; nulls are empty. Cursor: `row`.
-    - .arrow .feather: likewise, from an Arrow IPC file or stream. Cursor: record `batch` and `row` in it.
+    - .arrow .feather: likewise, from an Arrow IPC file or stream, holding that column of one record batch.
+      Cursor: record `batch` and `row` in it.
     - all else: a file of at most `LONGEST_TEXT` bytes is one document, whatever is in it. A longer one is
       cut into documents of at most that size, which end at a line end where one fits, else between two UTF-8
       characters. Cursor: `offset`.
@@ -106,9 +107,7 @@ def _bytes(
         offset = int(cursor.get("offset", 0))
         # The byte before the next one, to see that it is there.
         if offset and not _skip(stream, offset - 1, bool(compression)).read(1):
-            raise InputError(
-                f"{label}: ends before byte {offset}, where reading was to go on; it has changed"
-            )
+            raise InputError(f"{label}: ends before byte {offset}, {WENT_ON}")
         reader = _json_lines(stream, label, text_field, cursor) if json_lines else _text(stream, offset)
         for document, position in reader:
             yield document, position
@@ -254,14 +253,14 @@ def _parquet(
         )
         _column(table.schema_arrow, text_field, label)
         if row > table.metadata.num_rows:
-            raise InputError(f"{label}: ends before row {row}, where reading was to go on; it has changed")
+            raise InputError(f"{label}: ends before row {row}, {WENT_ON}")
         end = 0
         for group in range(table.num_row_groups):
             start, end = end, end + table.metadata.row_group(group).num_rows
             if end <= row:
                 continue
             for batch in table.iter_batches(ROWS, [group], [text_field], use_threads=False):
-                for document in _texts(_plain(batch.column(0))[max(0, row - start) :]):
+                for document in _texts(_plain(batch.column(text_field))[max(0, row - start) :]):
                     row += 1
                     yield document, {"row": row}
                 start += len(batch)
@@ -279,28 +278,27 @@ def _arrow(
 
     number = first = int(cursor.get("batch", 0))
     row = int(cursor.get("row", 0))
-    size = 0
     try:
-        if local := isinstance(file.raw, io.FileIO):
-            size = os.fstat(file.fileno()).st_size
-            source = pyarrow.memory_map(file.name)
-        else:
-            source = pyarrow.PythonFile(file, "r")
+        # Not mapped: that a mapped file was cut short ends the process at the next look at it.
+        source = pyarrow.PythonFile(file, "r")
         open_reader = ipc.open_file if source.read(6) == b"ARROW1" else ipc.open_stream
         source.seek(0)
         index = _column(open_reader(source).schema, text_field, label)
         source.seek(0)
         reader = open_reader(source, options=ipc.IpcReadOptions(included_fields=[index]))
+        found = False
         for number, batch in _batches(reader, first):
             column = _plain(batch.column(0))
+            found = True
+            if row > len(column):
+                break
             for start in range(row, len(column), ROWS):
-                if local and os.fstat(file.fileno()).st_size < size:
-                    # What is mapped and gone would end the process at the next look.
-                    raise OSError("it was cut short while it was read")
                 for document in _texts(column[start : start + ROWS]):
                     row += 1
                     yield document, {"batch": number, "row": row}
             row = 0
+        if row or (cursor and not found):
+            raise InputError(f"{label}: ends before record batch {first + 1} row {row}, {WENT_ON}")
     except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
         raise InputError(
             f"{label} record batch {number + 1} row {row + 1}: {_reason(error, 'Arrow')}"
