@@ -142,7 +142,7 @@ def test_a_near_miss_of_stdlib_gets_a_hint(name):
 def test_no_files(tmp_path):
     (tmp_path / "picture.jpg").touch()
     with pytest.raises(
-        InputError, match=r"^--data: no text in directory '.*' \(looked for \.jsonl .* \.txt\)$"
+        InputError, match=r"^--data: no text in directory '.*' \(looked for \.arrow .* \.txt, with .* too\)$"
     ):
         open_corpus(str(tmp_path))
     with pytest.raises(InputError, match=r"^--data: no file matches '.*\*\.txt'$"):
