@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval.baselines import baselines
-from eval.bits import Evaluator, HeldOut
+from eval.bits import Evaluator, lay_out
 from intlm.engine.engine import Engine
 from intlm.errors import InputError
 from intlm.model import Parameters
@@ -74,7 +74,7 @@ def evaluate(
     documents, name = text.held_out, config.text.held_out or f"held-out part of {config.text.data}"
     if data is not None:
         documents, name = list(corpus.open_corpus(data, config.text.text_field).documents()), data
-    held_out = HeldOut.from_stream(corpus.pack(documents, tokenizer), tokenizer)
+    held_out = lay_out(documents, tokenizer)
     bits = Evaluator(engine, config.model, held_out).bits_per_byte(parameters)
     member_tokens = step * config.eggroll.population * config.eggroll.segment
     figures = asdict(baselines(text.train, documents))

@@ -17,7 +17,7 @@ from intlm.checkpoint import Checkpoint
 from intlm.engine.engine import Engine, make_engine
 from intlm.errors import InputError
 from intlm.evolution import Evolution, EvolutionState, initial
-from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train.config import RunConfig, TextConfig, resolve_config
 from train.lanes import Lanes
 from train.run import RUNS, Run, differences
@@ -32,7 +32,7 @@ EVALUATIONS = 20
 """Evaluations and checkpoints in a run, where nothing else is asked for."""
 
 
-RUN_FILES = {"baselines.json", "checkpoints", "config.json", "tokenizer.json"}
+RUN_FILES = {"baselines.json", "checkpoints", "config.json", "tokenizer.json", "tokenizer.model"}
 """What a run is made of before its first step."""
 
 
@@ -45,6 +45,7 @@ class Request:
     data: str | None = None
     held_out: str | None = None
     text_field: str | None = None
+    tokenizer: str | None = None
     steps: int | None = None
     minutes: str | None = None
     engine: str = "auto"
@@ -79,7 +80,15 @@ class Request:
     @property
     def decides(self) -> bool:
         """Whether anything was said that decides the run's bits."""
-        said = (self.preset, self.data, self.held_out, self.text_field, self.steps, self.minutes)
+        said = (
+            self.preset,
+            self.data,
+            self.held_out,
+            self.text_field,
+            self.tokenizer,
+            self.steps,
+            self.minutes,
+        )
         return bool(self.settings) or any(value is not None for value in said)
 
 
@@ -132,8 +141,9 @@ def prepare(request: Request, say: Any) -> Job:
     """
     directory = request.directory
     run = _existing_run(directory)
-    tokenizer = load_tokenizer(directory) if run else ByteTokenizer()
-    config = _configuration(request, run, tokenizer)
+    asked = open_tokenizer(request.tokenizer or ByteTokenizer.name)
+    tokenizer = load_tokenizer(directory) if run else asked
+    config = _configuration(request, run, tokenizer, asked.name)
     text = load_text(config.text, tokenizer, config.eggroll.seed)
     engine = make_engine(request.engine, config.model, config.eggroll, request.chunk)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
@@ -255,11 +265,13 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
             f"{path}: key model.vocabulary={config.model.vocabulary}: "
             f"the run's tokenizer ({tokenizer.name}) has {tokenizer.vocabulary} tokens"
         )
+    if config.tokenizer != tokenizer.name:
+        raise InputError(f"{path}: key tokenizer={config.tokenizer}: the run's tokenizer is {tokenizer.name}")
     return config
 
 
-def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer) -> RunConfig:
-    """The run's own configuration, checked against what was asked; or a new one."""
+def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
+    """The run's own configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
     kept = _kept(run, tokenizer) if run else None
     if kept and not request.decides:
         return kept
@@ -272,6 +284,7 @@ def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer) -> R
     )
     preset = request.preset or DEFAULT_PRESET
     config = resolve_config(preset, request.settings, text, tokenizer.vocabulary)
+    config = dataclasses.replace(config, tokenizer=asked)
     if request.steps is not None:
         config = dataclasses.replace(config, steps=request.steps)
     else:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.bits import HeldOut
+from eval.bits import HeldOut, lay_out
 from tokenizer import Tokenizer
 from train import corpus
 from train.config import TextConfig
@@ -49,4 +49,4 @@ def load_text(config: TextConfig, tokenizer: Tokenizer, seed: int) -> Text:
 
 def evaluated(text: Text, tokenizer: Tokenizer) -> HeldOut:
     """The part of the held-out text that is scored during training."""
-    return HeldOut.from_stream(text.held_out_S, tokenizer, EVALUATED_TOKENS)
+    return lay_out(text.held_out, tokenizer, EVALUATED_TOKENS)
