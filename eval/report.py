@@ -4,14 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval.baselines import baselines
-from eval.bits import Evaluator, HeldOut
+from eval.bits import Evaluator, lay_out
 from intlm.engine.engine import Engine
 from intlm.errors import InputError
 from intlm.model import Parameters
 from tokenizer import Tokenizer
 from train.config import RunConfig
 from train.corpus import open_corpus
-from train.text import HELD_OUT_BYTES, first, load_text, pack
+from train.text import HELD_OUT_BYTES, first, load_text
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def evaluate(
         corpus = open_corpus(data, config.text.text_field)
         documents, whole = first(corpus.documents(), HELD_OUT_BYTES)
         name = data if whole else f"the first {HELD_OUT_BYTES >> 20} MiB of {data}"
-    held_out = HeldOut.from_stream(pack(documents, tokenizer), tokenizer)
+    held_out = lay_out(documents, tokenizer)
     bits = Evaluator(engine, config.model, held_out).bits_per_byte(parameters)
     member_tokens = step * config.eggroll.population * config.eggroll.segment
     figures = asdict(baselines(text.train, documents))

@@ -43,6 +43,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     eggroll: EggrollConfig = field(default_factory=EggrollConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    tokenizer: str = "bytes"
+    """The name of the tokenizer; its files are in the run's directory."""
     minutes: str = ""
     """Planned minutes, as given; `steps` was measured to fill them. Empty where steps were given."""
     steps: int = 0

@@ -17,7 +17,7 @@ from intlm.checkpoint import Checkpoint
 from intlm.engine.engine import Engine, make_engine
 from intlm.errors import InputError
 from intlm.evolution import Evolution, EvolutionState, initial
-from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
 from train.lanes import Lanes
@@ -33,7 +33,7 @@ EVALUATIONS = 20
 """Evaluations and checkpoints in a run, where nothing else is asked for."""
 
 
-RUN_FILES = {"baselines.json", "checkpoints", "config.json", DATA, "tokenizer.json"}
+RUN_FILES = {"baselines.json", "checkpoints", "config.json", DATA, "tokenizer.json", "tokenizer.model"}
 """What a run is made of before its first step."""
 
 
@@ -48,6 +48,7 @@ class Request:
     text_field: str | None = None
     max_documents: int | None = None
     accept_changed_data: bool = False
+    tokenizer: str | None = None
     steps: int | None = None
     minutes: str | None = None
     engine: str = "auto"
@@ -82,7 +83,15 @@ class Request:
     @property
     def decides(self) -> bool:
         """Whether anything was said that decides the run's bits."""
-        said = (self.preset, self.held_out, self.text_field, self.max_documents, self.steps, self.minutes)
+        said = (
+            self.preset,
+            self.held_out,
+            self.text_field,
+            self.max_documents,
+            self.tokenizer,
+            self.steps,
+            self.minutes,
+        )
         return bool(self.settings or self.data) or any(value is not None for value in said)
 
 
@@ -137,8 +146,9 @@ def prepare(request: Request, say: Any) -> Job:
     """
     directory = request.directory
     run = _existing_run(directory)
-    tokenizer = load_tokenizer(directory) if run else ByteTokenizer()
-    config = _configuration(request, run, tokenizer)
+    asked = open_tokenizer(request.tokenizer or ByteTokenizer.name)
+    tokenizer = load_tokenizer(directory) if run else asked
+    config = _configuration(request, run, tokenizer, asked.name)
     text = load_text(config.text)
     engine = make_engine(request.engine, config.model, config.eggroll, request.chunk)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
@@ -300,11 +310,13 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
             f"{path}: key model.vocabulary={config.model.vocabulary}: "
             f"the run's tokenizer ({tokenizer.name}) has {tokenizer.vocabulary} tokens"
         )
+    if config.tokenizer != tokenizer.name:
+        raise InputError(f"{path}: key tokenizer={config.tokenizer}: the run's tokenizer is {tokenizer.name}")
     return config
 
 
-def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer) -> RunConfig:
-    """The run's own configuration, checked against what was asked; or a new one."""
+def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
+    """The run's own configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
     kept = _kept(run, tokenizer) if run else None
     if kept and not request.decides:
         return kept
@@ -318,6 +330,7 @@ def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer) -> R
     text = TextConfig(**said)
     preset = request.preset or DEFAULT_PRESET
     config = resolve_config(preset, request.settings, text, tokenizer.vocabulary)
+    config = dataclasses.replace(config, tokenizer=asked)
     if request.steps is not None:
         config = dataclasses.replace(config, steps=request.steps)
     else:

@@ -1,13 +1,14 @@
 """The text of a run: what its corpora begin with, which side a document is on, and the order of training."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from eval.bits import HeldOut
+from eval.bits import HeldOut, lay_out
 from intlm.errors import InputError
 from tokenizer import Tokenizer
 from train.config import TextConfig, parse_data
@@ -22,7 +23,8 @@ HELD_OUT_BYTES = 8 << 20
 """Held-out text that is scored at most."""
 COUNTED_BYTES = 16 << 20
 """Training text whose tokens are counted for the head bias."""
-BATCH = 1 << 20
+BATCH = 256
+"""Documents encoded at once."""
 EVALUATED_TOKENS = 1 << 18
 """Held-out tokens that training looks at now and then; `intlm eval` takes all of them."""
 
@@ -114,10 +116,12 @@ class Text:
 
     def counts(self, tokenizer: Tokenizer) -> np.ndarray:
         """How often each token occurs in the first `COUNTED_BYTES` of training text: int64 [vocabulary]."""
-        tokens = pack(first(self.train, COUNTED_BYTES)[0], tokenizer)
         counts_V = np.zeros(tokenizer.vocabulary, np.int64)
-        for start in range(0, len(tokens), BATCH):  # a count takes 8 bytes a token
-            counts_V += np.bincount(tokens[start : start + BATCH], minlength=len(counts_V))
+        documents = first(self.train, COUNTED_BYTES)[0]
+        counts_V[tokenizer.separator] = len(documents)
+        for start in range(0, len(documents), BATCH):
+            encoded = tokenizer.encode_batch(documents[start : start + BATCH], os.cpu_count() or 1)
+            counts_V += np.bincount(np.concatenate(encoded), minlength=len(counts_V))
         return counts_V
 
     def summary(self) -> str:
@@ -154,23 +158,7 @@ def load_text(config: TextConfig) -> Text:
 
 def evaluated(text: Text, tokenizer: Tokenizer) -> HeldOut:
     """The part of the held-out text that is scored during training."""
-    return HeldOut.from_stream(pack(text.held_out, tokenizer, EVALUATED_TOKENS), tokenizer, EVALUATED_TOKENS)
-
-
-def pack(documents: Iterable[bytes], tokenizer: Tokenizer, limit: int = 0) -> np.ndarray:
-    """Separator, document, separator, document, …: 1-D tokens in the tokenizer's dtype.
-
-    Stops behind the document with which it has `limit` tokens, where that is not 0.
-    """
-    nothing = tokenizer.encode(b"")
-    separator = np.array([tokenizer.separator], nothing.dtype)
-    pieces, size = [nothing], 0
-    for document in documents:
-        pieces += [separator, tokenizer.encode(document)]
-        size += 1 + len(pieces[-1])
-        if limit and size >= limit:
-            break
-    return np.concatenate(pieces)
+    return lay_out(text.held_out, tokenizer, EVALUATED_TOKENS)
 
 
 def first(documents: Iterable[bytes], size: int) -> tuple[list[bytes], bool]:
