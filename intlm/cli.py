@@ -125,6 +125,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train": _add_train,
         "sample": _add_sample,
         "eval": _add_eval,
+        "data": _add_data,
         "audit": _add_audit,
         "bench": _add_bench,
         "tokenizer": _add_tokenizer,
@@ -309,6 +310,29 @@ def _add_eval(commands: Any, name: str, describe: bool) -> None:
     command.set_defaults(command=_eval)
 
 
+def _add_data(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="what is in a corpus: sizes, lengths, n-grams, a few documents",
+        description="Read a corpus, or each of a mixture, to its end and describe it.",
+    )
+    add = command.add_argument
+    add("corpora", nargs="*", metavar="CORPUS[=WEIGHT]", help="as --data of train (default: stdlib)")
+    add("--data", action="append", metavar="CORPUS[=WEIGHT]", default=[], help="a further corpus")
+    add(
+        "--text-field", metavar="FIELD", default="text", help="field of a JSON line, or column, with the text"
+    )
+    add("--max-documents", type=_integer("--max-documents"), metavar="N", default=0,
+        help="only the first N documents of each corpus; 0 takes all")  # fmt: skip
+    add("--tokenizer", metavar="MODEL", default="bytes",
+        help="'bytes', a .model file of SentencePiece, or the directory of a run")  # fmt: skip
+    add("--preset", default="small", metavar="PRESET", help="whose steps an epoch is counted in")
+    add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[], help="as for train")
+    add("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_data)
+
+
 def _add_audit(commands: Any, name: str, describe: bool) -> None:
     command = commands.add_parser(
         name,
@@ -330,7 +354,9 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine.",
     )
     add = command.add_argument
-    add("preset", nargs="?", default="small", metavar="PRESET", help="tiny, small, medium or paper")
+    add("preset", nargs="?", default="small", metavar="PRESET",
+        help="tiny, small, medium or paper; or data: the speed of reading and tokenizing text")  # fmt: skip
+    add("--tokenizer", metavar="MODEL", default="bytes", help="of data: as for train")
     add(
         "--engine",
         dest="engines",
@@ -538,6 +564,34 @@ def _eval(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _data(parsed: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from eval.survey import survey
+    from tokenizer import open_tokenizer
+    from train.config import TextConfig, resolve_config
+
+    corpora = tuple(parsed.corpora + parsed.data) or TextConfig().data
+    text = TextConfig(data=corpora, text_field=parsed.text_field, max_documents=parsed.max_documents)
+    tokenizer = open_tokenizer(parsed.tokenizer)
+    config = resolve_config(parsed.preset, parsed.settings, text, tokenizer.vocabulary)
+    hidden = not sys.stderr.isatty()
+    with tqdm(
+        unit="B", unit_scale=True, desc="reading", disable=hidden, dynamic_ncols=True, leave=False
+    ) as bar:
+        documents = 0
+
+        def progress(further: int, size: int) -> None:
+            nonlocal documents
+            documents += further
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            bar.update(size)
+
+        found = survey(text, tokenizer, parsed.preset, config.eggroll, progress)
+    _write((json.dumps(found.as_dict(), indent=2) if parsed.json else found.table()) + "\n")
+    return DONE
+
+
 def _audit(parsed: argparse.Namespace) -> int:
     from eval.sampling import SamplingConfig, draw
     from intlm.audit import audit, table
@@ -563,7 +617,31 @@ def _audit(parsed: argparse.Namespace) -> int:
     return 1 if floats else DONE
 
 
+def _bench_data(parsed: argparse.Namespace) -> int:
+    from eval.loading import measure_loading, table
+    from tokenizer import open_tokenizer
+    from train.config import TextConfig, resolve_config
+
+    tokenizer = open_tokenizer(parsed.tokenizer)
+    config = resolve_config("small", parsed.settings, TextConfig(), tokenizer.vocabulary)
+
+    def say(line: str) -> None:
+        if sys.stderr.isatty():
+            print(line, file=sys.stderr)
+
+    try:
+        results = measure_loading(tokenizer, config.eggroll, say)
+    except OSError as error:
+        raise InputError(f"the folder for temporary files: {error.strerror or error}") from error
+    _write(
+        (json.dumps([each.as_dict() for each in results], indent=2) if parsed.json else table(results)) + "\n"
+    )
+    return DONE
+
+
 def _bench(parsed: argparse.Namespace) -> int:
+    if parsed.preset == "data":
+        return _bench_data(parsed)
     from eval.throughput import measure, table
     from intlm.engine.native import available_isas
     from train.config import TextConfig, resolve_config

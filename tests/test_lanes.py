@@ -31,6 +31,7 @@ class Wide:
 def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream_module, "WINDOW_BYTES", 60)
+        patch.setattr(stream_module, "FRAGMENT_BYTES", 7)
         patch.setattr(lanes_module, "CHUNK_TOKENS", 200)
         patch.setattr(lanes_module, "MOST_SEGMENTS", 7)
         patch.setattr(lanes_module, "POLL_SECONDS", 0.001)
@@ -59,7 +60,8 @@ def slow_segments(mixture, seed, tokenizer, count, segment, steps):
     width = segments_of(count, segment) * segment
     chunks = -(-steps * segment // width)
     while len(tokens) <= chunks * count * width:
-        tokens += [tokenizer.separator, *tokenizer.encode(stream.document())]
+        text, opens = stream.fragment()
+        tokens += [tokenizer.separator] * opens + list(tokenizer.encode(text))
         stream.advance()
     for step in range(steps):
         chunk, column = divmod(step * segment, width)

@@ -151,7 +151,7 @@ def test_only_a_prefix_is_looked_at_and_split(load, monkeypatch):
     stream = text.stream(seed=1)
     trained = set()
     while not stream.places()[0]["epoch"]:
-        trained.add(stream.document())
+        trained.add(stream.fragment()[0])
         stream.advance()
     assert trained == {document for document in documents if not Split().holds_out(document)}
 

@@ -36,7 +36,7 @@ class _Chunk:
 
 
 class Lanes:
-    """Reads the stream separator, document, separator, document, … by L lanes, a segment of T tokens a step.
+    """Reads the tokens of a stream by L lanes, a segment of T tokens a step. A separator opens each document.
 
     The stream is taken in chunks of L·C tokens, C = `segments_of(L, T)`·T. Lane i reads the i-th span of C
     tokens of each chunk: token t of the span as input, token t + 1 of the stream as its target, also where
@@ -50,7 +50,7 @@ class Lanes:
     def __init__(
         self, stream: Stream, tokenizer: Tokenizer, lanes: int, segment: int, offset: int = 0, column: int = 0
     ):
-        """Read from where `stream` stands: `offset` tokens into its document, and `column` segments on.
+        """Read from where `stream` stands: `offset` tokens into its fragment, and `column` segments on.
 
         `InputError` for a count out of range. The stream belongs to the lanes from now on.
         """
@@ -169,13 +169,14 @@ class Lanes:
         start = {"sources": stream.places(), "offset": self._offset}
         filled = text_bytes = 0
         while True:
-            document = stream.document()
+            text, opens = stream.fragment()
             if rest is None:
-                rest = np.concatenate([separator, tokenizer.encode(document)])[self._offset :]
+                rest = tokenizer.encode(text)
+                rest = (np.concatenate([separator, rest]) if opens else rest)[self._offset :]
             taken = min(len(rest), count + 1 - filled)
             tokens[filled : filled + taken] = rest[:taken]
             filled += taken
-            text_bytes += len(document) * taken // (self._offset + len(rest))
+            text_bytes += len(text) * taken // max(1, self._offset + len(rest))
             if filled > count:
                 break
             stream.advance()

@@ -1,4 +1,4 @@
-"""The order of training: documents of one or several corpora, shuffled window by window, without end.
+"""The order of training: text of one or several corpora, shuffled window by window, without end.
 
 Where the order stands is a few integers and a cursor for each corpus, whatever its size: a window is read
 again from its start and shuffled again to the same order.
@@ -20,13 +20,15 @@ from train.split import UNCUT
 
 WINDOW_BYTES = 32 << 20
 """Training text that is shuffled together; a corpus of up to this is shuffled whole."""
+FRAGMENT_BYTES = 8 << 10
+"""Text that stays together: longer documents are shuffled in fragments, so that no few of them fill a chunk."""
 _ORDER = (0, 1)
 """Folded into the seed's key; a step folds in (step, 0), so that no noise is used twice."""
 
 
 @dataclass
 class Place:
-    """Where a source stands: before a document. JSON can hold it."""
+    """Where a source stands: before a fragment. JSON can hold it."""
 
     cursor: Cursor = field(default_factory=dict)
     """The corpus' own, at the start of the window, or of the long document that it starts inside."""
@@ -36,9 +38,9 @@ class Place:
     window: int = 0
     """Windows of this epoch before this one."""
     index: int = 0
-    """Documents of this window given so far."""
+    """Fragments of this window given so far."""
     documents: int = 0
-    """Documents given so far in all epochs."""
+    """Documents opened so far in all epochs."""
     bytes: int = 0
     """Bytes of them: what a mixture goes by."""
 
@@ -57,7 +59,7 @@ class Place:
 class Source:
     """One corpus in training order, again and again, each time in another order.
 
-    Reads nothing before it is asked for a document. `InputError` for unusable text, or for none.
+    Reads nothing before it is asked for a fragment. `InputError` for unusable text, or for none.
     """
 
     def __init__(
@@ -74,25 +76,28 @@ class Source:
         self.place = place or Place()
         self._seed, self._block, self._holds_out = seed, block, holds_out
         self._pieces: Iterator[tuple[bytes, Cursor, int]] | None = None
-        self._documents: list[bytes] = []
+        self._fragments: list[bytes] = []
+        self._opens: list[bool] = []
         self._order: list[int] | None = None
         self._behind: tuple[Cursor, int] | None = None
 
-    def document(self) -> bytes:
-        """The document at the place."""
+    def fragment(self) -> tuple[bytes, bool]:
+        """The text at the place, and whether it opens a document."""
         if self._order is None:
             self._read_window()
         while self.place.index >= len(self._order or ()):
             self._turn()
         assert self._order is not None
-        return self._documents[self._order[self.place.index]]
+        number = self._order[self.place.index]
+        return self._fragments[number], self._opens[number]
 
-    def advance(self, size: int) -> None:
-        """Go on to the next document; `size` is the length of this one."""
-        place = self.place
+    def advance(self) -> None:
+        """Go on behind the fragment."""
+        assert self._order is not None
+        place, number = self.place, self._order[self.place.index]
         place.index += 1
-        place.documents += 1
-        place.bytes += size
+        place.documents += self._opens[number]
+        place.bytes += len(self._fragments[number])
 
     def _turn(self) -> None:
         """Go on to the next window, or to the next epoch."""
@@ -103,7 +108,7 @@ class Source:
             place.window += 1
             self._read_window()
         elif place.window == 0:
-            if not self._documents:
+            if not self._fragments:
                 raise InputError(f"--data: {self.corpus.name!r} has no text to train on")
             place.epoch += 1  # all of it is here already
             self._shuffle()
@@ -117,11 +122,13 @@ class Source:
         """Read the window at the place; `_behind` is where the next one starts, None at the corpus' end."""
         if self._pieces is None:
             self._pieces = self._read(self.place.cursor, self.place.skip)
-        self._documents, self._behind = [], None
+        self._fragments, self._opens, self._behind = [], [], None
         size = 0
         for piece, cursor, skip in self._pieces:
             if self._holds_out is None or not self._holds_out(piece):
-                self._documents.append(piece)
+                fragments = cut(piece, FRAGMENT_BYTES)
+                self._fragments += fragments
+                self._opens += [True] + [False] * (len(fragments) - 1)
                 size += len(piece)
                 if size >= WINDOW_BYTES:
                     self._behind = cursor, skip
@@ -146,13 +153,13 @@ class Source:
 
     def _shuffle(self) -> None:
         place = self.place
-        self._order = permutation(self._seed, place.epoch, place.window, len(self._documents)).tolist()
+        self._order = permutation(self._seed, place.epoch, place.window, len(self._fragments)).tolist()
 
 
 class Stream:
-    """Documents of all sources, interleaved so that bytes come in proportion to the sources' weights.
+    """Fragments of all sources, interleaved so that bytes come in proportion to the sources' weights.
 
-    The next document is of the source with the least bytes / weight so far, compared exactly; the first of
+    The next one is of the source with the least bytes / weight so far, compared exactly; the first of
     them where there are several. Each source goes round on its own, so a short one comes again while a long
     one goes on. `InputError`, as of `Source`.
     """
@@ -163,14 +170,13 @@ class Stream:
         self._shares = shares([source.weight for source in sources])
         self._choose()
 
-    def document(self) -> bytes:
-        """The document that the stream stands before."""
-        self._document = self._current.document()
-        return self._document
+    def fragment(self) -> tuple[bytes, bool]:
+        """The text that the stream stands before, and whether it opens a document."""
+        return self._current.fragment()
 
     def advance(self) -> None:
-        """Go on behind the document that was given last."""
-        self._current.advance(len(self._document))
+        """Go on behind this fragment."""
+        self._current.advance()
         self._choose()
 
     def places(self) -> list[dict[str, Any]]:
@@ -217,10 +223,10 @@ def shares(weights: Sequence[int]) -> list[int]:
 
 
 def permutation(seed: int, epoch: int, window: int, count: int) -> np.ndarray:
-    """The order of a window of `count` documents: int64 [count], a function of these integers alone."""
+    """The order of a window of `count` fragments: int64 [count], a function of these integers alone."""
     key = noise.fold(noise.seed_key(seed), *_ORDER)
     key = noise.fold(key, epoch & 0xFFFFFFFF, window & 0xFFFFFFFF)
     index = np.arange(count, dtype=np.uint32)
     high, low = noise.threefry(key, index, np.zeros_like(index))
-    # A bijection of the index: no two documents share a word.
+    # A bijection of the index: no two fragments share a word.
     return np.argsort(high.astype(np.uint64) << np.uint64(32) | low, kind="stable")

@@ -30,7 +30,9 @@ EVALUATED_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
+    """A corpus in a mixture. block: documents of more bytes are cut."""
+
     corpus: Corpus
     weight: int
     block: int
@@ -49,7 +51,7 @@ class Text:
     whole: whether that is all there is; digests: of `train` and `held_out`.
     """
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     split: Split | None
     train: list[bytes]
     held_out: list[bytes]
@@ -131,16 +133,20 @@ class Text:
         return f"{more}{train} bytes of text in {more}{len(self.train):,} documents, {held_out} held out"
 
 
+def open_limited(name: str, config: TextConfig) -> Corpus:
+    """A corpus of --data, or its first `max_documents`. Raises InputError."""
+    corpus = open_corpus(name, config.text_field, "--data")
+    return Limited(corpus, config.max_documents) if config.max_documents else corpus
+
+
 def load_text(config: TextConfig) -> Text:
     """Open the corpora of a run and read what they begin with. Raises InputError."""
     parts, kept = [], set[bytes]()
     for data in config.data:
         name, weight = parse_data(data)
-        corpus = open_corpus(name, config.text_field, "--data")
-        if config.max_documents:
-            corpus = Limited(corpus, config.max_documents)
+        corpus = open_limited(name, config)
         start = opening(corpus, "--data", hold_out=not config.held_out)
-        parts.append(_Part(corpus, weight, start.block))
+        parts.append(Part(corpus, weight, start.block))
         kept |= start.kept
     documents, whole = _prefix(parts)
     if config.held_out:
@@ -172,7 +178,7 @@ def first(documents: Iterable[bytes], size: int) -> tuple[list[bytes], bool]:
     return taken, size >= 0
 
 
-def _prefix(parts: list[_Part]) -> tuple[list[bytes], bool]:
+def _prefix(parts: list[Part]) -> tuple[list[bytes], bool]:
     """The first `PREFIX_BYTES` of all corpora by their weights, and whether that is all of them.
 
     Interleaved as in training, but nothing is shuffled and no corpus comes twice.
@@ -196,7 +202,7 @@ def _prefix(parts: list[_Part]) -> tuple[list[bytes], bool]:
 
 
 def _text(
-    parts: list[_Part], split: Split | None, train: list[bytes], held_out: list[bytes], whole: bool
+    parts: list[Part], split: Split | None, train: list[bytes], held_out: list[bytes], whole: bool
 ) -> Text:
     digests = {"train": _digest(train), "held_out": _digest(held_out)}
     return Text(tuple(parts), split, train, held_out, whole, digests)
