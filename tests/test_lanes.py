@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from helpers import ListCorpus
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intlm.errors import InputError
@@ -88,6 +88,7 @@ def test_segments_are_the_stream_read_in_spans(layout, steps):
         np.testing.assert_array_equal(tokens, expected)
 
 
+@settings(max_examples=60)
 @given(layouts, st.lists(st.tuples(st.integers(0, 25), st.booleans()), max_size=5))
 def test_runs_that_are_killed_and_resumed_read_the_same_tokens(layout, runs):
     undisturbed, position = make_lanes(*layout), None
@@ -102,6 +103,7 @@ def test_runs_that_are_killed_and_resumed_read_the_same_tokens(layout, runs):
         resumed.close()
 
 
+@settings(max_examples=20)
 @given(layouts)
 def test_positions_are_of_one_size(layout):
     lanes = make_lanes(*layout)
@@ -143,6 +145,7 @@ def test_what_is_kept_is_small_for_half_a_million_lanes(monkeypatch):
 
     monkeypatch.setattr(lanes_module, "CHUNK_TOKENS", 1 << 22)
     monkeypatch.setattr(stream_module, "WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(stream_module, "FRAGMENT_BYTES", 1 << 20)
     corpus = ListCorpus([b"%06d" % number * 50_000 for number in range(4)])
     tracemalloc.start()
     lanes = Lanes(Stream([Source(corpus, 0)]), ByteTokenizer(), 1 << 19, 16)

@@ -6,6 +6,7 @@ again from its start and shuffled again to the same order.
 
 import copy
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from intlm import noise
 from intlm.errors import InputError
 from train.corpus import Corpus, Cursor, Fingerprint, cut
 from train.split import UNCUT
@@ -22,8 +22,6 @@ WINDOW_BYTES = 32 << 20
 """Training text that is shuffled together; a corpus of up to this is shuffled whole."""
 FRAGMENT_BYTES = 8 << 10
 """Text that stays together: longer documents are shuffled in fragments, so that no few of them fill a chunk."""
-_ORDER = (0, 1)
-"""Folded into the seed's key; a step folds in (step, 0), so that no noise is used twice."""
 
 
 @dataclass
@@ -224,9 +222,5 @@ def shares(weights: Sequence[int]) -> list[int]:
 
 def permutation(seed: int, epoch: int, window: int, count: int) -> np.ndarray:
     """The order of a window of `count` fragments: int64 [count], a function of these integers alone."""
-    key = noise.fold(noise.seed_key(seed), *_ORDER)
-    key = noise.fold(key, epoch & 0xFFFFFFFF, window & 0xFFFFFFFF)
-    index = np.arange(count, dtype=np.uint32)
-    high, low = noise.threefry(key, index, np.zeros_like(index))
-    # A bijection of the index: no two fragments share a word.
-    return np.argsort(high.astype(np.uint64) << np.uint64(32) | low, kind="stable")
+    words = hashlib.shake_256(f"order {seed} {epoch} {window}".encode()).digest(8 * count)
+    return np.argsort(np.frombuffer(words, "<u8"), kind="stable")
