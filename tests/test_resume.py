@@ -168,7 +168,7 @@ def _without_sleep(wait):
 
 def test_a_file_that_is_damaged_in_mid_run_loses_nothing(here, corpora, monkeypatch, capsys):
     path = here / "lines.jsonl"
-    content = json_lines(3)
+    content = json_lines(3, 16)
     path.write_bytes(content)
     words = [*TRAIN, "--data", "lines.jsonl"]
     assert main([*words, "--run", "whole"]) == 0
