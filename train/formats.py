@@ -54,7 +54,7 @@ def documents(source: Source, text_field: str, cursor: Cursor) -> Iterator[tuple
     """The documents of a file from `cursor` on, each with the cursor behind it; some may be empty.
 
     - .json .jsonl .ndjson: one JSON object a line, of at most `LONGEST_LINE` bytes, with the text in the field
-      `text_field`. Blank lines are skipped. Cursor: `offset` in bytes and `line`, both of what has been read.
+      `text_field`; a null is empty. Blank lines are skipped. Cursor: `offset` in bytes and `line`, of what was read.
     - .parquet: the column `text_field`, of strings or of UTF-8 bytes; nulls are empty. Cursor: `row`.
     - .arrow .feather: likewise, from an Arrow IPC file or stream, holding that column of one record batch.
       Cursor: record `batch` and `row` in it.
@@ -88,6 +88,12 @@ def documents(source: Source, text_field: str, cursor: Cursor) -> Iterator[tuple
 def is_table(name: str) -> bool:
     """Whether a file of this name is read by random access."""
     return _endings(name)[-1] in PARQUET_ENDINGS + ARROW_ENDINGS
+
+
+def has_rows(name: str) -> bool:
+    """Whether a file of this name has a document a row or line, rather than being one document."""
+    *_, ending, last = _endings(name)
+    return is_table(name) or (ending if last in COMPRESSED_ENDINGS else last) in JSON_LINES_ENDINGS
 
 
 def _endings(name: str) -> list[str]:
@@ -219,7 +225,7 @@ def _text_of_json(line: bytes, field: str, label: str, number: int) -> bytes:
         text = line.decode()
         # Some editors open a file with a byte-order mark.
         record = json.loads(text[1:] if text[0] == "\ufeff" else text)
-        return record[field].encode()
+        return b"" if record[field] is None else record[field].encode()
     except UnicodeDecodeError as error:
         wrong = f"not UTF-8 at byte {error.start + 1} of the line"
     except UnicodeEncodeError:
