@@ -238,8 +238,17 @@ def test_messages_name_the_line_after_a_resume_and_in_compressed_files(tmp_path)
     next(rest)
     with pytest.raises(InputError, match=" line 4: "):
         next(rest)
-    path.write_bytes(path.read_bytes()[:-20])
-    assert refusal(path).startswith("line ")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_all_before_the_damage_is_read(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    content = PACKED[ending](b'{"text": "a"}\n{"text": "b"}\n')
+    path.write_bytes(content[:-6])
+    documents = open_corpus(str(path)).documents()
+    assert next(documents) == b"a"
+    with pytest.raises(InputError, match=rf" line [23]: damaged {ending[1:]}: "):
+        list(documents)
 
 
 def test_a_line_too_long(tmp_path, monkeypatch):

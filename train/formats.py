@@ -53,8 +53,8 @@ class Source(Protocol):
 def documents(source: Source, text_field: str, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
     """The documents of a file from `cursor` on, each with the cursor behind it; some may be empty.
 
-    - .json .jsonl .ndjson: one JSON object a line, of at most `LONGEST_LINE` bytes, with the text in the field
-      `text_field`; a null is empty. Blank lines are skipped. Cursor: `offset` in bytes and `line`, of what was read.
+    - .json .jsonl .ndjson: one JSON object a line of at most `LONGEST_LINE` bytes, with the text in the field
+      `text_field`; a null is empty. Blank lines are skipped. Cursor: `offset` in bytes, and `line`.
     - .parquet: the column `text_field`, of strings or of UTF-8 bytes; nulls are empty. Cursor: `row`.
     - .arrow .feather: likewise, from an Arrow IPC file or stream, holding that column of one record batch.
       Cursor: record `batch` and `row` in it.
@@ -128,8 +128,7 @@ def _unpacked(file: io.BufferedReader, compression: str) -> tuple[BinaryIO, tupl
     if compression == ".gz":
         import gzip
 
-        packed = cast(io.RawIOBase, gzip.GzipFile(fileobj=file))
-        return io.BufferedReader(packed, BUFFER), (EOFError, OSError, zlib.error)
+        return io.BufferedReader(_Soon(gzip.GzipFile(fileobj=file)), BUFFER), (EOFError, OSError, zlib.error)
     if compression == ".xz":
         import lzma
 
@@ -143,7 +142,7 @@ def _unpacked(file: io.BufferedReader, compression: str) -> tuple[BinaryIO, tupl
         # Archives of text are often packed with `zstd --long=31`, which has to be allowed.
         options = {zstd.DecompressionParameter.window_log_max: 31}
         packed = zstd.ZstdFile(file, options=options)
-        return io.BufferedReader(packed, BUFFER), (EOFError, OSError, zstd.ZstdError)
+        return io.BufferedReader(_Soon(packed), BUFFER), (EOFError, OSError, zstd.ZstdError)
     return file, (OSError,)
 
 
@@ -153,6 +152,21 @@ def _zstd() -> Any:
     except ImportError:
         from backports import zstd
     return zstd
+
+
+class _Soon(io.RawIOBase):
+    """A packed file that yields all before the damage, which its own `readinto` drops for the error."""
+
+    def __init__(self, packed: Any):
+        self._packed = packed
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._packed.read1(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 class _Xz(io.RawIOBase):

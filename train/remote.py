@@ -149,7 +149,7 @@ class HubCorpus(Corpus):
         """The files of the split, by their URLs."""
         splits = builder.config.data_files or {}
         if self._split not in splits:
-            names = ", ".join(map(repr, splits)) or "none"
+            names = ", ".join(repr(str(split)) for split in splits) or "none"
             raise InputError(f"{self._label}: no split {self._split!r} (the splits are: {names})")
         return list(map(str, splits[self._split]))
 
@@ -412,9 +412,9 @@ class _HttpFile(io.RawIOBase):
                 asked = error.headers.get("Retry-After", "")
                 at_least = int(asked) if re.fullmatch(r"[0-9]{1,9}", asked) else 0
                 failure: Exception = error
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                if isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL)):
+                if isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL, UnicodeError)):
                     raise InputError(f"{self._source.label}: {_one_line(error)}") from error
                 failure = error
             self._hang_up()
