@@ -333,6 +333,8 @@ def test_a_stall_is_told_once_on_a_terminal(server, monkeypatch, capsys):
 # The Hub
 
 HUB_COMMIT = "0123456789abcdef" * 2 + "01234567"
+OTHER_COMMIT = HUB_COMMIT[::-1]
+"""What the tag `v2` stands for; the files are the same."""
 
 
 class HubHandler(Handler):
@@ -344,14 +346,15 @@ class HubHandler(Handler):
         path, _, _ = self.path.partition("?")
         parts = re.fullmatch(r"(/api)?/datasets/(me/\w+)/?(.*)", path)
         self.dataset = self.server.files.get(parts[2]) if parts else None
-        what = parts[3].replace(HUB_COMMIT, "COMMIT") if parts else ""
+        what = parts[3].replace(HUB_COMMIT, "COMMIT").replace(OTHER_COMMIT, "COMMIT") if parts else ""
+        commit = OTHER_COMMIT if OTHER_COMMIT in path or what == "revision/v2" else HUB_COMMIT
         if parts and parts[1] and self.server.api_failures:
             self.send(b"oops", status=self.server.api_failures.pop(0))
         elif self.dataset is None:
             self.send_json({}, status=404, **{"X-Error-Code": "RepoNotFound"})
-        elif what in ("", "revision/main", "revision/COMMIT"):
+        elif what in ("", "revision/main", "revision/v2", "revision/COMMIT"):
             siblings = [{"rfilename": name} for name in self.dataset]
-            self.send_json({"_id": "1", "id": parts[2], "sha": HUB_COMMIT, "tags": [], "siblings": siblings})
+            self.send_json({"_id": "1", "id": parts[2], "sha": commit, "tags": [], "siblings": siblings})
         elif what.startswith("revision/"):
             self.send_json({}, status=404, **{"X-Error-Code": "RevisionNotFound"})
         elif what.startswith("tree/COMMIT"):
@@ -369,9 +372,9 @@ class HubHandler(Handler):
             if isinstance(failure, int):
                 self.send(b"oops", status=failure)
             else:
-                self.send_file(content, f'"{len(content)}"', failure, **{"X-Repo-Commit": HUB_COMMIT})
+                self.send_file(content, f'"{len(content)}"', failure, **{"X-Repo-Commit": commit})
         else:
-            self.send_json({}, status=404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": HUB_COMMIT})
+            self.send_json({}, status=404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
 
     do_HEAD = do_POST = do_GET
 
@@ -479,6 +482,7 @@ def test_splits_columns_and_errors_of_datasets(hub, read_hub):
     hub.files["me/nothing"] = {"train.jsonl": b"\n\n"}
     messages = {
         ("hf:me/data::validation", "body"): "",
+        ("hf:me/data::validation@v2", "body"): "",
         ("hf:me/data", "body"): " 'train.jsonl' line 2: field 'body' is of type int (accepted: a string)",
         ("hf:me/data", "text"): " 'train.jsonl' line 1: no field 'text' (the fields are: 'body')",
         ("hf:me/data::other", "body"): ": no split 'other' (the splits are: 'train', 'validation')",
@@ -499,7 +503,10 @@ def test_splits_columns_and_errors_of_datasets(hub, read_hub):
     for (name, _), message, result in zip(messages, messages.values(), results, strict=True):
         assert result["error"] == (f"--data: {name!r}{message}" if message else "")
         assert result["waits"] == []
-    assert results[0]["read"][0][0][0] == "validation"
+    first, second = results[:2]
+    [[[document, cursor]]] = first["read"]
+    assert document == "validation" and cursor["commit"] == first["fingerprint"]["commit"] == HUB_COMMIT
+    assert second["fingerprint"]["commit"] == OTHER_COMMIT
 
 
 def test_a_hub_that_does_not_answer(hub, read_hub):
