@@ -303,6 +303,19 @@ def test_a_cursor_beyond_the_end(tmp_path, name):
         list(open_corpus(str(path)).read({**last, "file": 1}))
 
 
+@pytest.mark.parametrize("key", ["file", "offset", "line", "row", "batch"])
+@pytest.mark.parametrize("value", [-1, "1", None, 1.5])
+def test_a_cursor_that_is_none(tmp_path, key, value):
+    for name in NAMES:
+        write(tmp_path / name, ["a"])
+        corpus = open_corpus(str(tmp_path / name))
+        if key in {"file": 0} | next(corpus.read({}))[1]:
+            with pytest.raises(
+                InputError, match=rf"^cursor: {key} is {value!r} \(accepted: an integer from 0\)$"
+            ):
+                list(corpus.read({key: value}))
+
+
 def test_the_fingerprint_tells_content_and_names(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     first, second = tmp_path / "a.txt", tmp_path / "b" / "b.txt"

@@ -85,6 +85,14 @@ def documents(source: Source, text_field: str, cursor: Cursor) -> Iterator[tuple
             )
 
 
+def count(cursor: Cursor, key: str) -> int:
+    """The number under a key of a cursor, 0 where there is none. `InputError` for what is no number of things."""
+    value = cursor.get(key, 0)
+    if not isinstance(value, int) or value < 0:
+        raise InputError(f"cursor: {key} is {value!r} (accepted: an integer from 0)")
+    return value
+
+
 def is_table(name: str) -> bool:
     """Whether a file of this name is read by random access."""
     return _endings(name)[-1] in PARQUET_ENDINGS + ARROW_ENDINGS
@@ -110,7 +118,7 @@ def _bytes(
     stream, errors = _unpacked(file, compression)
     position = cursor
     try:
-        offset = int(cursor.get("offset", 0))
+        offset = count(cursor, "offset")
         # The byte before the next one, to see that it is there.
         if offset and not _skip(stream, offset - 1, bool(compression)).read(1):
             raise InputError(f"{label}: ends before byte {offset}, {WENT_ON}")
@@ -132,11 +140,8 @@ def _unpacked(file: io.BufferedReader, compression: str) -> tuple[BinaryIO, tupl
     if compression == ".xz":
         import lzma
 
-        return io.BufferedReader(_Xz(file, lzma.LZMADecompressor), BUFFER), (
-            EOFError,
-            OSError,
-            lzma.LZMAError,
-        )
+        unpacked = io.BufferedReader(_Xz(file, lzma.LZMADecompressor), BUFFER)
+        return unpacked, (EOFError, OSError, lzma.LZMAError)
     if compression == ".zst":
         zstd = _zstd()
         # Archives of text are often packed with `zstd --long=31`, which has to be allowed.
@@ -221,7 +226,7 @@ def _text(stream: BinaryIO, offset: int) -> Iterator[tuple[bytes, Cursor]]:
 def _json_lines(
     stream: BinaryIO, label: str, text_field: str, cursor: Cursor
 ) -> Iterator[tuple[bytes, Cursor]]:
-    offset, number = int(cursor.get("offset", 0)), int(cursor.get("line", 0))
+    offset, number = count(cursor, "offset"), count(cursor, "line")
     while line := stream.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
@@ -265,7 +270,7 @@ def _parquet(
     import pyarrow
     from pyarrow import parquet
 
-    row = int(cursor.get("row", 0))
+    row = count(cursor, "row")
     try:
         # Pages one by one, not a row group at once, which may be as large as the file.
         table = parquet.ParquetFile(
@@ -296,8 +301,8 @@ def _arrow(
     import pyarrow
     from pyarrow import ipc
 
-    number = first = int(cursor.get("batch", 0))
-    row = int(cursor.get("row", 0))
+    number = first = count(cursor, "batch")
+    row = count(cursor, "row")
     try:
         # Not mapped: that a mapped file was cut short ends the process at the next look at it.
         source = pyarrow.PythonFile(file, "r")

@@ -190,7 +190,8 @@ class HubCorpus(Corpus):
         return True
 
     def _read_files(self, sources: "list[_HttpSource]", cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
-        first = int(cursor.pop("file", 0))
+        first = formats.count(cursor, "file")
+        cursor = {key: value for key, value in cursor.items() if key != "file"}
         for number, source in enumerate(sources[first:], start=first):
             for document, position in formats.documents(source, self._field, cursor):
                 yield document, {"file": number, **position}
@@ -199,7 +200,7 @@ class HubCorpus(Corpus):
     def _read_rows(
         self, builder: Any, cursor: Cursor, patience: "_Patience"
     ) -> Iterator[tuple[bytes, Cursor]]:
-        row = int(cursor.get("row", 0))
+        row = formats.count(cursor, "row")
         while True:
             try:
                 dataset = builder.as_streaming_dataset(split=self._split)
