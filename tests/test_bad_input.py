@@ -1,6 +1,7 @@
 """Bad input: one line that names what is wrong and what is accepted, exit code 2, nothing on disk touched."""
 
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -45,6 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no_json.jsonl": b"nope\n",
         "no_field.jsonl": b'{"body": "x"}\n',
         "number.jsonl": b'{"text": 5}\n',
+        "broken.parquet": b"PAR1 and no more",
+        "broken.arrow": b"no Arrow",
+        "broken.jsonl.gz": gzip.compress(b'{"text": "fine"}\n')[:-4],
     }.items():
         (home / name).write_bytes(content)
     (home / "empty").mkdir()
@@ -128,6 +132,11 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
     ([*NEW, "--data", "no_field.jsonl"], "line 1: no field 'text' (the fields are: 'body')"),
     ([*NEW, "--data", "no_field.jsonl", "--text-field", "bodi"], "no field 'bodi'"),
     ([*NEW, "--data", "number.jsonl"], "field 'text' is of type int (accepted: a string)"),
+    ([*NEW, "--data", "broken.parquet"], "--data: 'broken.parquet' row 1: damaged Parquet: "),
+    ([*NEW, "--data", "broken.arrow"], "--data: 'broken.arrow' record batch 1 row 1: damaged Arrow: "),
+    ([*NEW, "--data", "broken.jsonl.gz"], "--data: 'broken.jsonl.gz' line 2: damaged gz: "),
+    ([*NEW, "--data", "http://"], "--data: 'http://' is no URL (accepted: http://HOST/FILE"),
+    ([*NEW, "--data", "hf:"], "--data: 'hf:': is no dataset (accepted: hf:NAME[:CONFIG[:SPLIT]][@REVISION])"),
     ([*NEW, "--data", "short.txt"], "--data: 'short.txt' is too short to hold out text: 2"),
     ([*NEW, "--data", "text.txt=3"], "--data text.txt: given twice (give it a weight instead, text.txt=2)"),
     *(

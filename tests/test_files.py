@@ -238,8 +238,17 @@ def test_messages_name_the_line_after_a_resume_and_in_compressed_files(tmp_path)
     next(rest)
     with pytest.raises(InputError, match=" line 4: "):
         next(rest)
-    path.write_bytes(path.read_bytes()[:-20])
-    assert refusal(path).startswith("line ")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_all_before_the_damage_is_read(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    content = PACKED[ending](b'{"text": "a"}\n{"text": "b"}\n')
+    path.write_bytes(content[:-6])
+    documents = open_corpus(str(path)).documents()
+    assert next(documents) == b"a"
+    with pytest.raises(InputError, match=rf" line [23]: damaged {ending[1:]}: "):
+        list(documents)
 
 
 def test_a_line_too_long(tmp_path, monkeypatch):
@@ -292,6 +301,19 @@ def test_a_cursor_beyond_the_end(tmp_path, name):
         list(open_corpus(str(path)).read(last))
     with pytest.raises(InputError, match=r" has no file 2 any more: it has changed$"):
         list(open_corpus(str(path)).read({**last, "file": 1}))
+
+
+@pytest.mark.parametrize("key", ["file", "offset", "line", "row", "batch"])
+@pytest.mark.parametrize("value", [-1, "1", None, 1.5])
+def test_a_cursor_that_is_none(tmp_path, key, value):
+    for name in NAMES:
+        write(tmp_path / name, ["a"])
+        corpus = open_corpus(str(tmp_path / name))
+        if key in {"file": 0} | next(corpus.read({}))[1]:
+            with pytest.raises(
+                InputError, match=rf"^cursor: {key} is {value!r} \(accepted: an integer from 0\)$"
+            ):
+                list(corpus.read({key: value}))
 
 
 def test_the_fingerprint_tells_content_and_names(tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 import http.server
 import json
+import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from urllib.parse import parse_qs
 
 import pytest
 from sources import NAMES, plain, write
@@ -32,55 +35,60 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def do_GET(self):
-        server = self.server
-        server.requests.append((self.path, dict(self.headers)))
-        failure = server.failures.pop(0) if server.failures else None
-        if isinstance(failure, int):
-            self.send_response(failure)
-            if failure == 429:
-                self.send_header("Retry-After", "40")
-            self.send_header("Content-Length", "4")
-            self.end_headers()
-            self.wfile.write(b"oops")
-            return
-        if failure == "hang up":
-            self.close_connection = True
-            return
+        self.server.requests.append((self.path, dict(self.headers)))
+        failure = self.server.failures.pop(0) if self.server.failures else None
         path = self.path.partition("?")[0]
-        if path == "/moved.jsonl":
-            self.send_response(302)
-            self.send_header("Location", f"http://localhost:{server.server_port}/lines.JSONL?secret")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if path not in server.files:
-            self.send_error(404)
-            return
-        content, version = server.files[path]
-        first = re.fullmatch(r"bytes=([0-9]+)-", self.headers.get("Range", ""))
-        start = int(first[1]) if first and server.ranges else 0
-        if first and server.ranges and start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = content[start:]
-        self.send_response(206 if first and server.ranges else 200)
-        if first and server.ranges:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        if server.tells_length:
+        if isinstance(failure, int):
+            retry_after = {"Retry-After": "40"} if failure == 429 else {}
+            self.send(b"oops", status=failure, **retry_after)
+        elif failure == "hang up":
+            self.close_connection = True
+        elif path == "/moved.jsonl":
+            location = f"http://localhost:{self.server.server_port}/lines.JSONL?secret"
+            self.send(b"", status=302, Location=location)
+        elif path in self.server.files:
+            content, version = self.server.files[path]
+            self.send_file(content, version, failure)
+        else:
+            self.send(b"no", status=404)
+
+    def send(self, content, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_file(self, content, version, failure=None, **headers):
+        """The content or the range asked for, or a third of it, after which the server hangs up or stalls."""
+        ranges = re.fullmatch(r"bytes=([0-9]+)-([0-9]*)", self.headers.get("Range", ""))
+        start, stop = 0, len(content)
+        if ranges and self.server.ranges:
+            start, stop = int(ranges[1]), min(stop, int(ranges[2] or stop) + 1)
+            if start >= len(content):
+                self.send(b"", status=416, **{"Content-Range": f"bytes */{len(content)}"})
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        body = content[start:stop]
+        if self.server.tells_length:
             self.send_header("Content-Length", str(len(body)))
         else:
             self.close_connection = True
-        self.send_header("ETag", version)
+        for name, value in {"ETag": version, **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         try:
             if failure in ("drop", "stall"):
                 self.wfile.write(body[: len(body) // 3])
                 self.wfile.flush()
                 if failure == "stall":
-                    server.released.wait(60)
+                    self.server.released.wait(60)
                 self.close_connection = True
             else:
                 self.wfile.write(body)
@@ -250,7 +258,7 @@ def test_what_no_retry_helps_against(server, code):
 
 
 def test_a_file_that_changes_on_the_server(server):
-    server.failures = ["drop"]
+    server.failures = ["drop", "drop"]
     documents = corpus_of(server, "/text.txt").documents()
     next(documents)
     server.files["/text.txt"] = (server.files["/text.txt"][0], '"2"')
@@ -320,3 +328,219 @@ def test_a_stall_is_told_once_on_a_terminal(server, monkeypatch, capsys):
     list(corpus_of(server, "/text.txt").documents())
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 1 and "connection closed at byte" in shown[0] and "8 times" in shown[0]
+
+
+# The Hub
+
+HUB_COMMIT = "0123456789abcdef" * 2 + "01234567"
+OTHER_COMMIT = HUB_COMMIT[::-1]
+"""What the tag `v2` stands for; the files are the same."""
+
+
+class HubHandler(Handler):
+    """As much of the Hub as reading takes: `server.files[dataset][path]`; failures are those of data files."""
+
+    def do_GET(self):
+        size = int(self.headers.get("Content-Length") or 0)
+        asked = parse_qs(self.rfile.read(size).decode()).get("paths", [])
+        path, _, _ = self.path.partition("?")
+        parts = re.fullmatch(r"(/api)?/datasets/(me/\w+)/?(.*)", path)
+        self.dataset = self.server.files.get(parts[2]) if parts else None
+        what = parts[3].replace(HUB_COMMIT, "COMMIT").replace(OTHER_COMMIT, "COMMIT") if parts else ""
+        commit = OTHER_COMMIT if OTHER_COMMIT in path or what == "revision/v2" else HUB_COMMIT
+        if parts and parts[1] and self.server.api_failures:
+            self.send(b"oops", status=self.server.api_failures.pop(0))
+        elif self.dataset is None:
+            self.send_json({}, status=404, **{"X-Error-Code": "RepoNotFound"})
+        elif what in ("", "revision/main", "revision/v2", "revision/COMMIT"):
+            siblings = [{"rfilename": name} for name in self.dataset]
+            self.send_json({"_id": "1", "id": parts[2], "sha": commit, "tags": [], "siblings": siblings})
+        elif what.startswith("revision/"):
+            self.send_json({}, status=404, **{"X-Error-Code": "RevisionNotFound"})
+        elif what.startswith("tree/COMMIT"):
+            folder = what.removeprefix("tree/COMMIT").strip("/")
+            below = [name.removeprefix(folder).strip("/") for name in self.dataset if name.startswith(folder)]
+            names = {f"{folder}/{name.partition('/')[0]}".strip("/") for name in below}
+            self.send_json([self.entry(name) for name in sorted(names)])
+        elif what == "paths-info/COMMIT":
+            self.send_json([self.entry(name) for name in asked if name in self.dataset])
+        elif (name := what.removeprefix("resolve/COMMIT/")) in self.dataset:
+            content, failure = self.dataset[name], None
+            if self.command == "GET" and not name.endswith(".md"):
+                self.server.requests.append((self.path, dict(self.headers)))
+                failure = self.server.failures.pop(0) if self.server.failures else None
+            if isinstance(failure, int):
+                self.send(b"oops", status=failure)
+            else:
+                self.send_file(content, f'"{len(content)}"', failure, **{"X-Repo-Commit": commit})
+        else:
+            self.send_json({}, status=404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+
+    do_HEAD = do_POST = do_GET
+
+    def entry(self, name):
+        if name in self.dataset:
+            return {"type": "file", "oid": "1" * 40, "size": len(self.dataset[name]), "path": name}
+        return {"type": "directory", "oid": "2" * 40, "size": 0, "path": name}
+
+    def send_json(self, content, **options):
+        self.send(json.dumps(content).encode(), **{"Content-Type": "application/json"}, **options)
+
+
+HUB_SCRIPT = """
+import json, sys
+from intlm.errors import InputError
+from train.corpus import SourceUnavailable
+from train.remote import HubCorpus
+results = []
+for name, field, cursors in json.loads(sys.argv[1]):
+    waits = []
+    corpus = HubCorpus(name, field, sleep=waits.append)
+    results.append({"waits": waits, "error": ""})
+    try:
+        results[-1]["read"] = [[(d.decode(), c) for d, c in corpus.read(cursor)] for cursor in cursors]
+        results[-1]["fingerprint"] = corpus.fingerprint()
+    except InputError as error:
+        results[-1].update(error=str(error), unavailable=isinstance(error, SourceUnavailable))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def hub():
+    with serving(Server(HubHandler)) as server:
+        server.api_failures = []
+        yield server
+
+
+@pytest.fixture
+def read_hub(hub, tmp_path):
+    def read(*jobs):
+        """What a process of its own reads, for each (name, field, cursors); it shows nothing on its streams."""
+        environment = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", HUB_SCRIPT, json.dumps(jobs)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        # Neither warnings nor progress bars.
+        assert done.stderr == ""
+        return json.loads(done.stdout)
+
+    return read
+
+
+def rows(start, count):
+    return [f"{number} é" * 3 if number % 7 else None for number in range(start, start + count)]
+
+
+def test_datasets_resume_at_every_document(hub, read_hub, tmp_path):
+    texts = [rows(0, 400), rows(400, 100)]
+    expected = [text for part in texts for text in part if text]
+    for dataset, name in {
+        "me/parquet": "t.parquet",
+        "me/lines": "lines.jsonl.gz",
+        "me/json": "lines.json.zst",
+        "me/arrow": "stream.arrow",
+    }.items():
+        hub.files[dataset] = {"README.md": b"# A dataset"}
+        for number, part in enumerate(texts):
+            write(tmp_path / name, part)
+            ending = name[name.index(".") :]
+            hub.files[dataset][f"data/train-{number}{ending}"] = (tmp_path / name).read_bytes()
+    # What only `datasets` reads: a table of text, and an array of records over many lines.
+    records = [{"text": text} for text in expected]
+    hub.files["me/csv"] = {"train.csv": "".join(["text\n", *(f"{text}\n" for text in expected)]).encode()}
+    hub.files["me/array"] = {"train.json": json.dumps(records, indent=1).encode()}
+    # A directory that happens to have the name of the dataset.
+    (tmp_path / "me" / "csv").mkdir(parents=True)
+    (tmp_path / "me" / "csv" / "wrong.csv").write_text("text\nwrong\n")
+    results = read_hub(*([f"hf:{name}", "text", [{}]] for name in hub.files))
+    again = []
+    for name, result in zip(hub.files, results, strict=True):
+        assert not result["error"] and not result["waits"]
+        [everything] = result["read"]
+        assert [document for document, _ in everything] == expected
+        assert ("file" in everything[0][1]) == (name not in ("me/csv", "me/array"))
+        assert result["fingerprint"]["commit"] == HUB_COMMIT and result["fingerprint"]["split"] == "train"
+        chosen = [0, 100, 218, 342, 343, 400, len(everything) - 1]
+        again.append([f"hf:{name}@main", "text", [everything[number][1] for number in chosen]])
+    hub.failures = [None, "drop", None, None, 429, None, None, None, "hang up", None] * 10
+    waits = []
+    for first, second in zip(results, read_hub(*again), strict=True):
+        [everything] = first["read"]
+        assert not second["error"] and second["fingerprint"] == first["fingerprint"]
+        assert second["read"] == [everything[number + 1 :] for number in chosen]
+        waits.append(len(second["waits"]))
+    # In the last two, the library tries again by itself.
+    assert all(waits[:-2]), waits
+
+
+def test_splits_columns_and_errors_of_datasets(hub, read_hub):
+    hub.files["me/data"] = {
+        "train.jsonl": b'{"body": "train"}\n{"body": 5}\n',
+        "validation.jsonl": b'{"body": "validation"}\n',
+    }
+    hub.files["me/csv"] = {"train.csv": b"body,id\n5,6\n"}
+    hub.files["me/nothing"] = {"train.jsonl": b"\n\n"}
+    messages = {
+        ("hf:me/data::validation", "body"): "",
+        ("hf:me/data::validation@v2", "body"): "",
+        ("hf:me/data", "body"): " 'train.jsonl' line 2: field 'body' is of type int (accepted: a string)",
+        ("hf:me/data", "text"): " 'train.jsonl' line 1: no field 'text' (the fields are: 'body')",
+        ("hf:me/data::other", "body"): ": no split 'other' (the splits are: 'train', 'validation')",
+        ("hf:me/data:other", "body"): ": BuilderConfig 'other' not found. Available: ['default']",
+        ("hf:me/csv", "text"): ": no column 'text' (the columns are: 'body', 'id')",
+        (
+            "hf:me/csv",
+            "body",
+        ): " row 1: column 'body' is of type int (accepted: a string, or UTF-8 as binary)",
+        ("hf:me/nothing", "text"): ": is empty (accepted: at least one byte of text)",
+        (
+            "hf:me/none",
+            "text",
+        ): ": no such dataset on the Hub, or one that takes a login with `hf auth login`",
+        ("hf:me/data@nowhere", "text"): ": the dataset has no revision 'nowhere'",
+    }
+    results = read_hub(*([name, field, [{}]] for name, field in messages))
+    for (name, _), message, result in zip(messages, messages.values(), results, strict=True):
+        assert result["error"] == (f"--data: {name!r}{message}" if message else "")
+        assert result["waits"] == []
+    first, second = results[:2]
+    [[[document, cursor]]] = first["read"]
+    assert document == "validation" and cursor["commit"] == first["fingerprint"]["commit"] == HUB_COMMIT
+    assert second["fingerprint"]["commit"] == OTHER_COMMIT
+
+
+def test_a_hub_that_does_not_answer(hub, read_hub):
+    hub.files["me/data"] = {"train.jsonl": b'{"text": "a"}\n'}
+    hub.api_failures = [429, 429]
+    [result] = read_hub(["hf:me/data", "text", [{}]])
+    assert result["read"][0][0][0] == "a" and result["waits"] == [1, 2]
+    hub.api_failures = [429] * 50
+    [result] = read_hub(["hf:me/data", "text", [{}]])
+    assert result["unavailable"] and result["waits"] == [1, 2, 4]
+    assert re.match(r"--data: 'hf:me/data': no answer after 3 retries: .*429", result["error"])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("hf:squad", ("squad", None, "train", None)),
+        ("hf:me/data.v1", ("me/data.v1", None, "train", None)),
+        ("hf:me/data:small", ("me/data", "small", "train", None)),
+        ("hf:me/data:small:test", ("me/data", "small", "test", None)),
+        ("hf:me/data::test@v1.0", ("me/data", None, "test", "v1.0")),
+        ("hf:me/data@refs/convert/parquet", ("me/data", None, "train", "refs/convert/parquet")),
+    ],
+)
+def test_names_of_datasets(name, parts):
+    corpus = open_corpus(name)
+    assert corpus.name == name
+    assert (corpus._dataset, corpus._config, corpus._split, corpus._revision) == parts
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hf:", "hf:/", "hf:a/b/c", "hf:me/", "hf:me/data@", "hf:me/data:a:b:c", "hf:../data", "hf:me data"],
+)
+def test_what_is_no_name_of_a_dataset(name):
+    with pytest.raises(InputError, match=r"^--data: 'hf:.*': is no dataset \(accepted: hf:NAME\[:CONFIG\["):
+        open_corpus(name)

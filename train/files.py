@@ -48,7 +48,7 @@ class FilesCorpus(Corpus):
         """See `Corpus.read`. `InputError` for an unusable file, line or row, and for no text at all."""
         empty = not cursor
         within = {key: value for key, value in cursor.items() if key != "file"}
-        first = int(cursor.get("file", 0))
+        first = formats.count(cursor, "file")
         if first >= len(self._paths):
             raise InputError(f"{self._flag}: {self.name!r} has no file {first + 1} any more: it has changed")
         for number, path in enumerate(self._paths[first:], start=first):

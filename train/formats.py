@@ -53,8 +53,8 @@ class Source(Protocol):
 def documents(source: Source, text_field: str, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
     """The documents of a file from `cursor` on, each with the cursor behind it; some may be empty.
 
-    - .json .jsonl .ndjson: one JSON object a line, of at most `LONGEST_LINE` bytes, with the text in the field
-      `text_field`. Blank lines are skipped. Cursor: `offset` in bytes and `line`, both of what has been read.
+    - .json .jsonl .ndjson: one JSON object a line of at most `LONGEST_LINE` bytes, with the text in the field
+      `text_field`; a null is empty. Blank lines are skipped. Cursor: `offset` in bytes, and `line`.
     - .parquet: the column `text_field`, of strings or of UTF-8 bytes; nulls are empty. Cursor: `row`.
     - .arrow .feather: likewise, from an Arrow IPC file or stream, holding that column of one record batch.
       Cursor: record `batch` and `row` in it.
@@ -85,9 +85,23 @@ def documents(source: Source, text_field: str, cursor: Cursor) -> Iterator[tuple
             )
 
 
+def count(cursor: Cursor, key: str) -> int:
+    """The number under a key of a cursor, 0 where there is none. `InputError` for what is no number of things."""
+    value = cursor.get(key, 0)
+    if not isinstance(value, int) or value < 0:
+        raise InputError(f"cursor: {key} is {value!r} (accepted: an integer from 0)")
+    return value
+
+
 def is_table(name: str) -> bool:
     """Whether a file of this name is read by random access."""
     return _endings(name)[-1] in PARQUET_ENDINGS + ARROW_ENDINGS
+
+
+def has_rows(name: str) -> bool:
+    """Whether a file of this name has a document a row or line, rather than being one document."""
+    *_, ending, last = _endings(name)
+    return is_table(name) or (ending if last in COMPRESSED_ENDINGS else last) in JSON_LINES_ENDINGS
 
 
 def _endings(name: str) -> list[str]:
@@ -104,7 +118,7 @@ def _bytes(
     stream, errors = _unpacked(file, compression)
     position = cursor
     try:
-        offset = int(cursor.get("offset", 0))
+        offset = count(cursor, "offset")
         # The byte before the next one, to see that it is there.
         if offset and not _skip(stream, offset - 1, bool(compression)).read(1):
             raise InputError(f"{label}: ends before byte {offset}, {WENT_ON}")
@@ -122,22 +136,18 @@ def _unpacked(file: io.BufferedReader, compression: str) -> tuple[BinaryIO, tupl
     if compression == ".gz":
         import gzip
 
-        packed = cast(io.RawIOBase, gzip.GzipFile(fileobj=file))
-        return io.BufferedReader(packed, BUFFER), (EOFError, OSError, zlib.error)
+        return io.BufferedReader(_Soon(gzip.GzipFile(fileobj=file)), BUFFER), (EOFError, OSError, zlib.error)
     if compression == ".xz":
         import lzma
 
-        return io.BufferedReader(_Xz(file, lzma.LZMADecompressor), BUFFER), (
-            EOFError,
-            OSError,
-            lzma.LZMAError,
-        )
+        unpacked = io.BufferedReader(_Xz(file, lzma.LZMADecompressor), BUFFER)
+        return unpacked, (EOFError, OSError, lzma.LZMAError)
     if compression == ".zst":
         zstd = _zstd()
         # Archives of text are often packed with `zstd --long=31`, which has to be allowed.
         options = {zstd.DecompressionParameter.window_log_max: 31}
         packed = zstd.ZstdFile(file, options=options)
-        return io.BufferedReader(packed, BUFFER), (EOFError, OSError, zstd.ZstdError)
+        return io.BufferedReader(_Soon(packed), BUFFER), (EOFError, OSError, zstd.ZstdError)
     return file, (OSError,)
 
 
@@ -147,6 +157,21 @@ def _zstd() -> Any:
     except ImportError:
         from backports import zstd
     return zstd
+
+
+class _Soon(io.RawIOBase):
+    """A packed file that yields all before the damage, which its own `readinto` drops for the error."""
+
+    def __init__(self, packed: Any):
+        self._packed = packed
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._packed.read1(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 class _Xz(io.RawIOBase):
@@ -201,7 +226,7 @@ def _text(stream: BinaryIO, offset: int) -> Iterator[tuple[bytes, Cursor]]:
 def _json_lines(
     stream: BinaryIO, label: str, text_field: str, cursor: Cursor
 ) -> Iterator[tuple[bytes, Cursor]]:
-    offset, number = int(cursor.get("offset", 0)), int(cursor.get("line", 0))
+    offset, number = count(cursor, "offset"), count(cursor, "line")
     while line := stream.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
@@ -219,7 +244,7 @@ def _text_of_json(line: bytes, field: str, label: str, number: int) -> bytes:
         text = line.decode()
         # Some editors open a file with a byte-order mark.
         record = json.loads(text[1:] if text[0] == "\ufeff" else text)
-        return record[field].encode()
+        return b"" if record[field] is None else record[field].encode()
     except UnicodeDecodeError as error:
         wrong = f"not UTF-8 at byte {error.start + 1} of the line"
     except UnicodeEncodeError:
@@ -245,7 +270,7 @@ def _parquet(
     import pyarrow
     from pyarrow import parquet
 
-    row = int(cursor.get("row", 0))
+    row = count(cursor, "row")
     try:
         # Pages one by one, not a row group at once, which may be as large as the file.
         table = parquet.ParquetFile(
@@ -276,8 +301,8 @@ def _arrow(
     import pyarrow
     from pyarrow import ipc
 
-    number = first = int(cursor.get("batch", 0))
-    row = int(cursor.get("row", 0))
+    number = first = count(cursor, "batch")
+    row = count(cursor, "row")
     try:
         # Not mapped: that a mapped file was cut short ends the process at the next look at it.
         source = pyarrow.PythonFile(file, "r")

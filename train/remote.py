@@ -8,7 +8,6 @@ import base64
 import hashlib
 import http.client
 import io
-import json
 import os
 import re
 import ssl
@@ -34,7 +33,6 @@ TIMEOUT = 30
 """Seconds without a byte after which a connection counts as stalled."""
 LONGEST_WAIT = 300
 """Seconds that a server may ask for with `Retry-After`."""
-ROWS_PER_STATE = 256
 # Less is read and thrown away, more is worth another request.
 SHORT_SKIP = 1 << 20
 
@@ -73,12 +71,16 @@ class HttpCorpus(Corpus):
 
 
 class HubCorpus(Corpus):
-    """`hf:NAME[:CONFIG[:SPLIT]][@REVISION]`: a dataset of the Hugging Face Hub, streamed by `datasets`.
+    """`hf:NAME[:CONFIG[:SPLIT]][@REVISION]`: a dataset of the Hugging Face Hub.
 
     CONFIG may be left out where the dataset has one or a default; SPLIT is `train` unless given. REVISION is
-    a branch, a tag or a commit, `main` unless given. Text is in the column `text_field`; rows with a null
-    there are skipped. A cursor holds the commit, so that going on from it reads the same even after the branch
-    has moved on, and the state of `datasets` as JSON, taken every `ROWS_PER_STATE` rows, with the rows since.
+    a branch, a tag or a commit, `main` unless given. The library `datasets` tells which files these are.
+
+    Parquet, Arrow and JSON lines are read as `train.formats` reads them, from the Hub: of Parquet only the
+    column `text_field`, and going on from a cursor asks for the rest alone. Files in all other formats are
+    streamed by `datasets` row by row; nulls are passed over, and going on from a cursor reads what is before it
+    again, since the library's own states have not always been exact. A cursor holds the commit, so that going
+    on from it reads the same even after a branch has moved on.
     """
 
     def __init__(self, name: str, text_field: str = "text", flag: str = "--data", sleep: Sleep = time.sleep):
@@ -101,70 +103,118 @@ class HubCorpus(Corpus):
 
     def read(self, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
         """See `Corpus.read`; `SourceUnavailable` after the last retry."""
-        patience = _Patience(self._label, self._sleep, answered=bool(cursor))
         empty = not cursor
-        commit, state = str(cursor.get("commit", "")), str(cursor.get("state", ""))
-        since, row = int(cursor.get("since", 0)), int(cursor.get("row", 0))
-        while True:
-            try:
-                commit = commit or self._commit()
-                dataset = self._open(self._builder(commit))
-                if state:
-                    dataset.load_state_dict(json.loads(state))
-                rows = iter(dataset)
-                for _ in range(since):
-                    next(rows, None)
-                for record in rows:
-                    patience.answer()
-                    document = self._text(record, row + 1)
-                    row, since = row + 1, since + 1
-                    if since == ROWS_PER_STATE:
-                        state, since = json.dumps(dataset.state_dict()), 0
-                    if document:
-                        empty = False
-                        yield document, {"commit": commit, "state": state, "since": since, "row": row}
-                break
-            except Exception as error:
-                # The library raises whatever the parts below it raise.
-                self._judge(error, patience, f" row {row + 1}" if row else "")
+        patience = _Patience(self._label, self._sleep, answered=not empty)
+        commit = str(cursor["commit"]) if "commit" in cursor else self._ask(self._commit, patience)
+        builder = self._ask(lambda: self._builder(commit), patience)
+        sources = self._sources(builder, commit)
+        within = {key: value for key, value in cursor.items() if key != "commit"}
+        if "file" in cursor or (empty and self._are_ours(builder, sources)):
+            documents = self._read_files(sources, within)
+        else:
+            documents = self._read_rows(builder, within, patience)
+        for document, position in documents:
+            if document:
+                empty = False
+                yield document, {"commit": commit, **position}
         if empty:
             raise InputError(f"{self._label}: is empty (accepted: at least one byte of text)")
 
     def fingerprint(self) -> Fingerprint:
-        """The commit, the configuration, the split, and a hash of the names of its files."""
+        """The commit, the configuration, the split, the number of its files and a hash of their names."""
         patience = _Patience(self._label, self._sleep)
-        while True:
-            try:
-                commit = self._commit()
-                builder = self._builder(commit)
-                files = list((builder.config.data_files or {}).get(self._split, []))
-                return {
-                    "commit": commit,
-                    "config": builder.config.name,
-                    "split": self._split,
-                    "files": hashlib.sha256("\n".join(files).encode()).hexdigest(),
-                }
-            except Exception as error:
-                self._judge(error, patience)
+        commit = self._ask(self._commit, patience)
+        builder = self._ask(lambda: self._builder(commit), patience)
+        files = self._files(builder)
+        return {
+            "commit": commit,
+            "config": builder.config.name,
+            "split": self._split,
+            "files": len(files),
+            "names": hashlib.sha256("\n".join(files).encode()).hexdigest(),
+        }
 
     def _commit(self) -> str:
         _datasets()
         from huggingface_hub import HfApi
 
-        info = HfApi().dataset_info(self._dataset, revision=self._revision, timeout=TIMEOUT)
-        return str(info.sha)
+        return str(HfApi().dataset_info(self._dataset, revision=self._revision, timeout=TIMEOUT).sha)
 
     def _builder(self, commit: str) -> Any:
         # With this prefix, never a directory here that happens to have the same name.
         path = f"hf://datasets/{self._dataset}"
         return _datasets().load_dataset_builder(path, self._config, revision=commit)
 
-    def _open(self, builder: Any) -> Any:
-        dataset = builder.as_streaming_dataset(split=self._split)
-        if dataset.column_names is not None:
-            self._check(dataset.column_names)
-            dataset = dataset.select_columns([self._field])
-        return dataset
+    def _files(self, builder: Any) -> list[str]:
+        """The files of the split, by their URLs."""
+        splits = builder.config.data_files or {}
+        if self._split not in splits:
+            names = ", ".join(repr(str(split)) for split in splits) or "none"
+            raise InputError(f"{self._label}: no split {self._split!r} (the splits are: {names})")
+        return list(map(str, splits[self._split]))
+
+    def _sources(self, builder: Any, commit: str) -> "list[_HttpSource]":
+        """The same as sources, as far as they are in the dataset itself."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        # For files that not everyone may read. Not to other hosts, which the Hub points to.
+        secret = build_hf_headers().get("authorization")
+        sources = []
+        for url in self._files(builder):
+            _, inside, path = url.partition(f"hf://datasets/{self._dataset}@{commit}/")
+            if inside:
+                url = hf_hub_url(self._dataset, path, repo_type="dataset", revision=commit)
+                source = _HttpSource(url, self._label, self._sleep)
+                source.label, source.secret = f"{self._label} {path!r}", secret
+                source.is_pinned = source.answered = True
+                sources.append(source)
+        return sources
+
+    def _are_ours(self, builder: Any, sources: "list[_HttpSource]") -> bool:
+        """Whether the files are in formats that `train.formats` reads, row for row as `datasets` does."""
+        special = [getattr(builder.config, name, None) for name in ("field", "filters")]
+        if len(sources) < len(self._files(builder)) or any(value is not None for value in special):
+            return False
+        if not all(formats.has_rows(source.name) for source in sources):
+            return False
+        if not any(".json" in PurePosixPath(source.name).suffixes for source in sources):
+            return True
+        # What is called .json may be one array of records over many lines.
+        try:
+            next(formats.documents(sources[0], self._field, {}), None)
+        except SourceUnavailable:
+            raise
+        except InputError:
+            return False
+        return True
+
+    def _read_files(self, sources: "list[_HttpSource]", cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
+        first = formats.count(cursor, "file")
+        cursor = {key: value for key, value in cursor.items() if key != "file"}
+        for number, source in enumerate(sources[first:], start=first):
+            for document, position in formats.documents(source, self._field, cursor):
+                yield document, {"file": number, **position}
+            cursor = {}
+
+    def _read_rows(
+        self, builder: Any, cursor: Cursor, patience: "_Patience"
+    ) -> Iterator[tuple[bytes, Cursor]]:
+        row = formats.count(cursor, "row")
+        while True:
+            try:
+                dataset = builder.as_streaming_dataset(split=self._split)
+                if dataset.column_names is not None:
+                    self._check(dataset.column_names)
+                    dataset = dataset.select_columns([self._field])
+                for record in dataset.skip(row):
+                    patience.answer()
+                    document = self._text(record, row + 1)
+                    row += 1
+                    yield document, {"row": row}
+                return
+            except Exception as error:
+                self._judge(error, patience, f" row {row + 1}")
 
     def _check(self, columns: Any) -> None:
         if self._field not in columns:
@@ -187,13 +237,34 @@ class HubCorpus(Corpus):
             " (accepted: a string, or UTF-8 as binary)"
         )
 
+    def _ask(self, action: Callable[[], Any], patience: "_Patience") -> Any:
+        """The result of `action`, tried again where the network failed it."""
+        while True:
+            try:
+                result = action()
+                patience.answer()
+                return result
+            except Exception as error:
+                self._judge(error, patience)
+
     def _judge(self, error: Exception, patience: "_Patience", place: str = "") -> None:
-        """Waits if trying again may help, else raises `InputError`."""
+        """Waits if trying again may help, else raises `InputError`. The library may raise anything."""
         if isinstance(error, InputError):
             raise error
-        if not _is_passing(error):
-            raise InputError(f"{self._label}{place}: {_one_line(error)}") from error
-        patience.wait(error)
+        if _is_passing(error):
+            return patience.wait(error)
+        from huggingface_hub import errors
+
+        what = _one_line(error)
+        if isinstance(error, errors.GatedRepoError):
+            what = (
+                "is open to those alone who asked for access on its page and logged in with `hf auth login`"
+            )
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            what = "no such dataset on the Hub, or one that takes a login with `hf auth login`"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            what = f"the dataset has no revision {self._revision!r}"
+        raise InputError(f"{self._label}{place}: {what}") from error
 
 
 @dataclass
@@ -233,6 +304,8 @@ class _HttpSource:
         self._sleep = sleep
         self.answered = False
         """Whether the source has once been there."""
+        self.is_pinned = False
+        """Whether the URL can only ever mean this one file."""
         try:
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -283,6 +356,7 @@ class _HttpFile(io.RawIOBase):
         self._received = 0
         """Where in the file the response stands."""
         self._position = 0
+        self._jumps = False
         self._size: int | None = None
         self._version: dict[str, str] | None = None
 
@@ -339,9 +413,9 @@ class _HttpFile(io.RawIOBase):
                 asked = error.headers.get("Retry-After", "")
                 at_least = int(asked) if re.fullmatch(r"[0-9]{1,9}", asked) else 0
                 failure: Exception = error
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                if isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL)):
+                if isinstance(reason, (ssl.SSLCertVerificationError, http.client.InvalidURL, UnicodeError)):
                     raise InputError(f"{self._source.label}: {_one_line(error)}") from error
                 failure = error
             self._hang_up()
@@ -350,7 +424,8 @@ class _HttpFile(io.RawIOBase):
     def _receive(self, buffer: Any) -> int:
         if self._size is not None and self._position >= self._size:
             return 0
-        if not 0 <= self._position - self._received <= SHORT_SKIP:
+        self._jumps = self._response is not None and not 0 <= self._position - self._received <= SHORT_SKIP
+        if self._jumps:
             self._hang_up()
         if self._response is None and not self._connect():
             return 0
@@ -392,7 +467,7 @@ class _HttpFile(io.RawIOBase):
                     f"{self._source.label}: the server sent another part of the file than asked for"
                 )
             begin, size = int(part[1]), part[2].replace("*", "")
-        elif self._by_parts and self._position:
+        elif self._by_parts and self._jumps:
             raise InputError(
                 f"{self._source.label}: the server does not serve parts of a file (range requests), which"
                 " Parquet and Arrow need; download it first"
@@ -402,10 +477,18 @@ class _HttpFile(io.RawIOBase):
         length = int(size) if size and size.isdigit() else None
         if self._version is None:
             self._version, self._size = version, length
-        elif (self._version, self._size) != (version, length):
+        elif not self._is_same(version, length):
             raise InputError(f"{self._source.label}: changed while it was read")
         self._received = begin
         return 1
+
+    def _is_same(self, version: dict[str, str], size: int | None) -> bool:
+        """Whether the file is still the one first seen: of its size, and its date or its tag are the same."""
+        assert self._version is not None
+        known = self._version.keys() & version.keys()
+        return self._size == size and (
+            self._source.is_pinned or not known or any(self._version[key] == version[key] for key in known)
+        )
 
     def _hang_up(self) -> None:
         if self._response is not None:
