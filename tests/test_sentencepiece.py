@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.bits import lay_out
@@ -154,6 +154,7 @@ def test_every_character_survives(tokenizers: dict[str, SentencePieceTokenizer],
 
 
 @pytest.mark.parametrize("name", [*KINDS, *FOREIGN])
+@settings(max_examples=30)
 @given(texts=st.lists(DOCUMENTS, max_size=4))
 def test_a_batch_is_its_documents_and_threads_change_nothing(
     tokenizers: dict[str, SentencePieceTokenizer], name: str, texts: list[bytes]
@@ -165,6 +166,7 @@ def test_a_batch_is_its_documents_and_threads_change_nothing(
 
 
 @pytest.mark.parametrize("name", [*KINDS, *FOREIGN])
+@settings(max_examples=30)
 @given(text=DOCUMENTS)
 def test_every_byte_of_raw_text_is_counted_once(
     tokenizers: dict[str, SentencePieceTokenizer], name: str, text: bytes
