@@ -14,6 +14,8 @@ from tokenizer import Tokenizer
 
 LANES = 128
 SEGMENT = 128
+LARGEST_LOGITS = 1 << 24
+"""Logits that are computed at once, so that a large vocabulary does not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,11 @@ class Evaluator:
         """The log-likelihood of the counted targets, in 1/256 bit: an exact integer, 0 or negative."""
         data, total = self.held_out, 0
         state = initial_state(self.model, data.inputs_NxS.shape[0])
-        for start in range(0, data.inputs_NxS.shape[1], SEGMENT):
-            window = np.s_[:, start : start + SEGMENT]
+        step = SEGMENT
+        while step > 1 and data.inputs_NxS.shape[0] * step * self.model.vocabulary > LARGEST_LOGITS:
+            step //= 2
+        for start in range(0, data.inputs_NxS.shape[1], step):
+            window = np.s_[:, start : start + step]
             logits, state = self.engine.forward(parameters, data.inputs_NxS[window], state)
             scores = np.asarray(self._score(logits, data.targets_NxS[window]))
             total += int(scores[data.counted_NxS[window]].sum(dtype=np.int64))
