@@ -87,7 +87,7 @@ def measure_host(preset: str, settings: tuple[str, ...], case: Case, seconds: fl
         letters[:: 1 << 10] = ord("\n")
         text.write_bytes(letters.tobytes())
         request = Request(
-            preset, f"{home}/run", str(text), steps=1 << 20, engine=case.engine, settings=settings,
+            preset, f"{home}/run", (str(text),), steps=1 << 20, engine=case.engine, settings=settings,
             threads=case.threads, checkpoint_every=1 << 20,
         )  # fmt: skip
         job = prepare(request, lambda line: None)

@@ -5,6 +5,7 @@ time wait until a command needs them.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -24,6 +25,8 @@ DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 # What the numbers of a command line are held to, so that none asks for more memory than there can be.
 LARGEST_COUNT = 1 << 16
 LARGEST_LENGTH = (1 << 31) - 1
+
+TOKENIZER_COMMANDS = ("train", "encode", "decode", "inspect")
 
 # JAX has one exception for all that goes wrong in it. These two a person can put right.
 CURABLE = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
@@ -61,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Python's own handler raises, which inside of JAX is lost or ends in a crash. Only training has
-        # something to finish first, and takes the signal over.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        # something to finish first, and takes the signal over. The trainer of tokenizers is one long call of a
+        # library, in which no handler of Python's is run at all.
+        leave = signal.SIG_DFL if words[:1] == ["tokenizer"] else lambda *_: os._exit(INTERRUPTED)
+        signal.signal(signal.SIGINT, leave)
     _prepare_streams()
     try:
         parsed = _parse(words)
@@ -120,18 +125,21 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train": _add_train,
         "sample": _add_sample,
         "eval": _add_eval,
+        "data": _add_data,
         "audit": _add_audit,
         "bench": _add_bench,
+        "tokenizer": _add_tokenizer,
     }
     # argparse would list the commands without naming the nearest.
-    if words and not words[0].startswith("-") and words[0] not in known:
-        raise unknown("command", words[0], known)
+    for place, names in enumerate((known, TOKENIZER_COMMANDS if words[:1] == ["tokenizer"] else ())):
+        if names and words[place:] and not words[place].startswith("-") and words[place] not in names:
+            raise unknown(" ".join([*words[:place], "command"]), words[place], names)
     helped = bool({"-h", "--help"} & set(words))
     for name, add in known.items():
         add(commands, name, describe=helped and words[:1] == [name])
     parsed, rest = parser.parse_known_args(words)
     if rest:
-        command = commands.choices[words[0]]
+        command = getattr(parsed, "parser", commands.choices[words[0]])
         flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
         if not flags:
             command.error(f"one argument too many: {rest[0]!r}")
@@ -157,9 +165,23 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
     add("preset", nargs="?", metavar="PRESET", help="tiny, small, medium or paper (default: small)")
     add(
         "--data",
-        metavar="CORPUS",
-        help="'stdlib', or a file, directory or glob of text or JSON lines (default: stdlib)",
+        action="append",
+        metavar="CORPUS[=WEIGHT]",
+        help="'stdlib', or a file, directory or glob of text or JSON lines; given again, a mixture whose bytes "
+        "come in proportion to the weights, integers (default: stdlib)",
+        default=[],
+    )
+    add(
+        "--max-documents",
+        type=_integer("--max-documents"),
+        metavar="N",
+        help="only the first N documents of each corpus (default: 0, all)",
         default=argparse.SUPPRESS,
+    )
+    add(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on with a run although its text has changed; what follows cannot be reproduced",
     )
     add(
         "--held-out",
@@ -173,6 +195,8 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
         help="field of a JSON line with the text (default: text)",
         default=argparse.SUPPRESS,
     )
+    add("--tokenizer", metavar="MODEL", default=argparse.SUPPRESS,
+        help="'bytes', a .model file of SentencePiece, or the directory of a run (default: bytes)")  # fmt: skip
     add(
         "--run",
         metavar="NAME",
@@ -286,6 +310,29 @@ def _add_eval(commands: Any, name: str, describe: bool) -> None:
     command.set_defaults(command=_eval)
 
 
+def _add_data(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="what is in a corpus: sizes, lengths, n-grams, a few documents",
+        description="Read a corpus, or each of a mixture, to its end and describe it.",
+    )
+    add = command.add_argument
+    add("corpora", nargs="*", metavar="CORPUS[=WEIGHT]", help="as --data of train (default: stdlib)")
+    add("--data", action="append", metavar="CORPUS[=WEIGHT]", default=[], help="a further corpus")
+    add(
+        "--text-field", metavar="FIELD", default="text", help="field of a JSON line, or column, with the text"
+    )
+    add("--max-documents", type=_integer("--max-documents"), metavar="N", default=0,
+        help="only the first N documents of each corpus; 0 takes all")  # fmt: skip
+    add("--tokenizer", metavar="MODEL", default="bytes",
+        help="'bytes', a .model file of SentencePiece, or the directory of a run")  # fmt: skip
+    add("--preset", default="small", metavar="PRESET", help="whose steps an epoch is counted in")
+    add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[], help="as for train")
+    add("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_data)
+
+
 def _add_audit(commands: Any, name: str, describe: bool) -> None:
     command = commands.add_parser(
         name,
@@ -308,7 +355,9 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         "beside this processor's own int8 peak. docs/performance.md explains every figure.",
     )
     add = command.add_argument
-    add("preset", nargs="?", default="small", metavar="PRESET", help="tiny, small, medium or paper")
+    add("preset", nargs="?", default="small", metavar="PRESET",
+        help="tiny, small, medium or paper; or data: the speed of reading and tokenizing text")  # fmt: skip
+    add("--tokenizer", metavar="MODEL", default="bytes", help="of data: as for train")
     add(
         "--engine",
         dest="engines",
@@ -331,6 +380,55 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_bench)
+
+
+def _add_tokenizer(commands: Any, name: str, describe: bool) -> None:
+    group = commands.add_parser(
+        name, help="train, try and inspect tokenizers", description="Train, try and inspect tokenizers."
+    )
+    inner = group.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, function: Any, help: str, **options: Any) -> Any:
+        command = inner.add_parser(name, formatter_class=_Help, help=help, **options)
+        command.set_defaults(command=function, parser=command)
+        return command.add_argument
+
+    flag = add("train", _tokenizer_train, "make a tokenizer from text", description="Train a tokenizer of "
+        "SentencePiece that loses nothing: byte pieces, no normalisation.")  # fmt: skip
+    flag(
+        "--data",
+        action="append",
+        required=True,
+        metavar="CORPUS",
+        help="text, as for train; may be given again",
+    )
+    flag("--vocab", type=_integer("--vocab"), default=4096, metavar="N", help="tokens, from 512 to 65536")
+    flag("--model", default="unigram", metavar="KIND", help="bpe or unigram")
+    flag("--out", required=True, metavar="PATH", help="file to write, such as english.model")
+    flag("--text-field", default="text", metavar="FIELD", help="field of a JSON line with the text")
+    flag("--max-bytes", type=_integer("--max-bytes"), default=100_000_000, metavar="N",
+         help="bytes of text to read at most, from the first on; 0 takes all")  # fmt: skip
+    flag("--character-coverage", default="0.9995", metavar="X",
+         help="share of the text's characters that get pieces; the others are spelled in bytes")  # fmt: skip
+    model_help = "'bytes', a .model file of SentencePiece, or the directory of a run"
+    file_help = "file to read; - is standard input"
+    flag = add(
+        "encode", _tokenizer_encode, "text to token numbers", description="Encode a text, as one document."
+    )
+    flag("model", metavar="MODEL", help=model_help)
+    flag("file", metavar="FILE", nargs="?", default="-", help=file_help)
+    flag("--pieces", action="store_true", help="show pieces instead of numbers")
+    flag = add(
+        "decode", _tokenizer_decode, "token numbers to text", description="Decode numbers between spaces."
+    )
+    flag("model", metavar="MODEL", help=model_help)
+    flag("file", metavar="FILE", nargs="?", default="-", help=file_help)
+    flag = add("inspect", _tokenizer_inspect, "what a tokenizer is, and what it makes of a text",
+        description="Describe a tokenizer, and measure it on a text.")  # fmt: skip
+    flag("model", metavar="MODEL", help=model_help)
+    flag("--data", action="append", metavar="CORPUS", help="text to measure it on; may be given again")
+    flag("--text-field", default="text", metavar="FIELD", help="field of a JSON line with the text")
+    flag("--json", action="store_true", help="print JSON")
 
 
 def _add_engine(add: Any) -> None:
@@ -373,7 +471,8 @@ def _train(parsed: argparse.Namespace) -> int:
 
     words = {name: value for name, value in vars(parsed).items() if name != "command"}
     words["threads"] = _use_threads(parsed)
-    words["settings"] = tuple(words["settings"])
+    for name in ("settings", "data"):
+        words[name] = tuple(words[name])
     terminal = sys.stderr.isatty()
 
     def say(line: str) -> None:
@@ -383,13 +482,15 @@ def _train(parsed: argparse.Namespace) -> int:
     with StopSignal() as stop:
         job = prepare(Request(**words), say)
         config = job.config
+        _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"
         say(
             f"{verb} {job.run.directory}: {config.model.weights:,} weights, population "
             f"{config.eggroll.population:,}, segments of {config.eggroll.segment} tokens, engine "
-            f"{job.engine.name}; {sum(map(len, job.text.train)):,} bytes of text in {len(job.text.train):,} "
-            f"documents, {sum(map(len, job.text.held_out)):,} held out"
+            f"{job.engine.name}; {job.text}"
         )
+        for note in job.notes:
+            print(f"intlm: {note}", file=sys.stderr)
         if parsed.engine == "auto" and job.engine.name != "native":
             print(f"intlm: {why_not_fast()}", file=sys.stderr)
         if job.state.step >= config.steps:
@@ -397,7 +498,7 @@ def _train(parsed: argparse.Namespace) -> int:
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"
             )
             return DONE
-        with job.run.locked(), Report(job) as report:
+        with job.run.locked(), Report(job) as report, contextlib.closing(job.lanes):
             state = train(job, report, stop)
     left = f"{job.run.directory}: step {state.step} of {config.steps}"
     if state.step < config.steps:
@@ -435,7 +536,12 @@ def _sample(parsed: argparse.Namespace) -> int:
     prompt = _prompt(parsed)
     config, tokenizer, parameters, _ = load_model(*find_checkpoint(parsed.run))
     engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
-    tokens = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)])
+    encoded = tokenizer.encode(prompt)
+    if (encoded == tokenizer.unknown).any():
+        raise InputError(
+            f"--prompt: {_lacking(tokenizer, prompt)} is not in the run's tokenizer ({tokenizer.name})"
+        )
+    tokens = np.concatenate([[tokenizer.separator], encoded])
     sampler = Sampler(engine, config.model, parameters, sampling)
     drawn = sampler.tokens(tokens, parsed.count, parsed.tokens)
     if parsed.count == 1:
@@ -477,8 +583,38 @@ def _eval(parsed: argparse.Namespace) -> int:
     config, tokenizer, parameters, meta = load_model(run, path)
     engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
     data = getattr(parsed, "data", None)
-    result = evaluate(run.name, meta["step"], config, engine, parameters, tokenizer, data, meta["corpus"])
+    result = evaluate(
+        run.name, meta["step"], config, engine, parameters, tokenizer, data, run.fingerprints, meta["text"]
+    )
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
+    return DONE
+
+
+def _data(parsed: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from eval.survey import survey
+    from tokenizer import open_tokenizer
+    from train.config import TextConfig, resolve_config
+
+    corpora = tuple(parsed.corpora + parsed.data) or TextConfig().data
+    text = TextConfig(data=corpora, text_field=parsed.text_field, max_documents=parsed.max_documents)
+    tokenizer = open_tokenizer(parsed.tokenizer)
+    config = resolve_config(parsed.preset, parsed.settings, text, tokenizer.vocabulary)
+    hidden = not sys.stderr.isatty()
+    with tqdm(
+        unit="B", unit_scale=True, desc="reading", disable=hidden, dynamic_ncols=True, leave=False
+    ) as bar:
+        documents = 0
+
+        def progress(further: int, size: int) -> None:
+            nonlocal documents
+            documents += further
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            bar.update(size)
+
+        found = survey(text, tokenizer, parsed.preset, config.eggroll, progress)
+    _write((json.dumps(found.as_dict(), indent=2) if parsed.json else found.table()) + "\n")
     return DONE
 
 
@@ -507,7 +643,31 @@ def _audit(parsed: argparse.Namespace) -> int:
     return 1 if floats else DONE
 
 
+def _bench_data(parsed: argparse.Namespace) -> int:
+    from eval.loading import measure_loading, table
+    from tokenizer import open_tokenizer
+    from train.config import TextConfig, resolve_config
+
+    tokenizer = open_tokenizer(parsed.tokenizer)
+    config = resolve_config("small", parsed.settings, TextConfig(), tokenizer.vocabulary)
+
+    def say(line: str) -> None:
+        if sys.stderr.isatty():
+            print(line, file=sys.stderr)
+
+    try:
+        results = measure_loading(tokenizer, config.eggroll, say)
+    except OSError as error:
+        raise InputError(f"the folder for temporary files: {error.strerror or error}") from error
+    _write(
+        (json.dumps([each.as_dict() for each in results], indent=2) if parsed.json else table(results)) + "\n"
+    )
+    return DONE
+
+
 def _bench(parsed: argparse.Namespace) -> int:
+    if parsed.preset == "data":
+        return _bench_data(parsed)
     from tqdm import tqdm
 
     from eval.full_rank import compare
@@ -598,3 +758,115 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds <= 3600:
         raise InputError(f"--seconds {text}: must be a number from 0 to 3600")
     return seconds
+
+
+def _lacking(tokenizer: Any, text: bytes) -> str:
+    """The first characters of `text` that the tokenizer cannot spell, quoted."""
+    tokens, lengths = tokenizer.encode_aligned(text)
+    place = int((tokens == tokenizer.unknown).argmax())
+    start = int(lengths[:place].sum())
+    return repr(text[start : start + int(lengths[place])].decode(errors="replace"))
+
+
+def _tell_loss(tokenizer: Any) -> None:
+    if tokenizer.loss:
+        print(f"intlm: the tokenizer ({tokenizer.name}) is not lossless: {tokenizer.loss}", file=sys.stderr)
+
+
+def _documents(parsed: argparse.Namespace) -> Any:
+    """The documents of all --data, one corpus after another."""
+    from itertools import chain
+
+    from train.corpus import open_corpus
+
+    corpora = [open_corpus(name, parsed.text_field, "--data") for name in parsed.data]
+    return chain.from_iterable(corpus.documents() for corpus in corpora)
+
+
+def _tokenizer_train(parsed: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from intlm.checkpoint import replace_file
+    from tokenizer.trainer import train
+
+    out = Path(parsed.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(
+            f"--out {out}: {'is a directory' if out.is_dir() else 'its directory does not exist'}"
+        )
+    try:
+        coverage = float(parsed.character_coverage)
+    except ValueError:
+        raise InputError(f"--character-coverage {parsed.character_coverage}: expected a number") from None
+    documents = _documents(parsed)
+    terminal = sys.stderr.isatty()
+    with tqdm(unit="B", unit_scale=True, desc="reading", disable=not terminal, dynamic_ncols=True) as bar:
+        made = train(
+            documents,
+            parsed.vocab,
+            parsed.model,
+            parsed.max_bytes,
+            coverage,
+            lambda read: bar.update(read - bar.n),
+            lambda line: bar.write(line, file=sys.stderr) if terminal else None,
+        )
+    replace_file(out, [made.model])
+    skipped = [f"{count:,} {why}" for why, count in sorted(made.skipped.items())]
+    ends = f" (stopped at --max-bytes {parsed.max_bytes:,})" if made.stopped else ""
+    _write(
+        f"{out}: {parsed.model}, {parsed.vocab} tokens; read {made.read:,} bytes in {made.documents:,} "
+        f"documents{ends}; used {made.used:,}, skipped {', '.join(skipped) or 'none'}\n"
+    )
+    return DONE
+
+
+def _tokenizer_encode(parsed: argparse.Namespace) -> int:
+    from tokenizer import open_tokenizer
+    from tokenizer.inspection import shown
+
+    tokenizer = open_tokenizer(parsed.model, "MODEL")
+    tokens = tokenizer.encode(_read(parsed.file)).tolist()
+    _tell_loss(tokenizer)
+    _write(" ".join(shown(tokenizer, token) if parsed.pieces else str(token) for token in tokens) + "\n")
+    return DONE
+
+
+def _tokenizer_decode(parsed: argparse.Namespace) -> int:
+    from tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(parsed.model, "MODEL")
+    numbers = []
+    for place, word in enumerate(_read(parsed.file).split(), 1):
+        if not word.isdigit() or len(word) > 9 or int(word) >= tokenizer.vocabulary:
+            said = repr(word[:40].decode(errors="replace"))
+            raise InputError(
+                f"FILE: word {place}, {said}, is no token (accepted: 0 to {tokenizer.vocabulary - 1})"
+            )
+        numbers.append(int(word))
+    text = tokenizer.decode(numbers)
+    sys.stdout.flush()
+    try:
+        sys.stdout.buffer.write(text)
+    except OSError as error:
+        raise InputError(f"standard output: {error.strerror or error}") from error
+    _write("")
+    return DONE
+
+
+def _tokenizer_inspect(parsed: argparse.Namespace) -> int:
+    from tokenizer import open_tokenizer
+    from tokenizer.inspection import inspect
+
+    found = inspect(open_tokenizer(parsed.model, "MODEL"), _documents(parsed) if parsed.data else None)
+    text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if parsed.json else found.table()
+    _write(text + "\n")
+    return DONE
+
+
+def _read(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise InputError(f"FILE {name}: {error.strerror or error}") from error

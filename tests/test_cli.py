@@ -93,6 +93,7 @@ def test_a_run_on_disk(home: Path) -> None:
         "baselines.json",
         "checkpoints",
         "config.json",
+        "data.json",
         "metrics.jsonl",
         "tensorboard",
         "tokenizer.json",
@@ -369,7 +370,7 @@ def test_audit_of_a_run(home: Path) -> None:
     assert sum(operation["count"] for operation in result["operations"]) > 1000
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["eval"], ["audit"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["eval"], ["data"], ["audit"], ["bench"]])
 def test_help(home: Path, command: list[str]) -> None:
     text = run(home, *command, "--help").decode()
     assert text.startswith("usage: intlm")
