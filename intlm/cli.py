@@ -351,7 +351,7 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="throughput of the engines, in one run",
-        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine, "
+        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine,\n"
         "beside this processor's own int8 peak. docs/performance.md explains every figure.",
     )
     add = command.add_argument
