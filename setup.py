@@ -8,7 +8,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "intlm/engine/native"
-INCLUDED = ("preamble", "bytes", "avx512", "tiles", "noise", "matrix", "forward", "votes", "population")
+INCLUDED = (
+    "preamble",
+    "bytes",
+    "avx512",
+    "tiles",
+    "noise",
+    "matrix",
+    "forward",
+    "votes",
+    "update",
+    "population",
+)
 DEPENDS = ("native.h", *(f"{name}.inc" for name in INCLUDED))
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fwrapv", "-pthread", "-Wno-psabi"]
 # Flags of its own for each file, chosen between at run time: one binary runs on any processor of its kind.

@@ -126,5 +126,5 @@ def _update_seconds(job: Job, state: EvolutionState) -> float:
     )  # fmt: skip
     with jax.enable_x64(True):
         ready = jax.tree.map(jax.numpy.asarray, values)
-    jax.block_until_ready(evolution.advance(*ready))  # compiles
-    return seconds_of(lambda: jax.block_until_ready(evolution.advance(*ready)), 0.5)
+    jax.block_until_ready(job.engine.advance(*ready))  # compiles
+    return seconds_of(lambda: jax.block_until_ready(job.engine.advance(*ready)), 0.5)

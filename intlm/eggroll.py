@@ -8,13 +8,15 @@ The functions on arrays are written once, against the array API that NumPy and J
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from intlm import fixedpoint, noise
 from intlm.config import CREDIT_LIMIT, FITNESS_UNIT, STEP_SIZE_LIMIT, EggrollConfig, ModelConfig
 from intlm.fixedpoint import Array, namespace, rounding_shift, saturate
-from intlm.model import LAYER_MATRICES, LAYER_NORMS, TRAINED
+from intlm.model import LAYER, LAYER_MATRICES, LAYER_NORMS, TRAINED, Parameters, parameters
 
 Votes = dict[str, Array]
 """int32 by parameter name, of the parameter's shape: the sum over pairs of fitness times direction."""
@@ -223,14 +225,27 @@ def next_scales(config: EggrollConfig, model: ModelConfig, scales: Scales, stati
     if config.estimator == "weight":
         mean = statistics["difference"] // config.pairs
         return {"difference": xp.clip(mean, 1, 1 << 28).astype(xp.int32)}
-    shifts = {}
-    for name in TRAINED:
-        entries = statistics["seen"] if name == "embedding" else config.pairs * _inputs(model, name)
-        mean_square = xp.maximum(statistics[f"square.{name}"] // entries, 1).astype(xp.int32)
-        # 2**8 to 2**10 is the window of one power of two in B around 24**2 = 576.
-        correction = (fixedpoint.floor_log2(mean_square) - 8) >> 1
-        shifts[f"shift.{name}"] = xp.clip(scales[f"shift.{name}"] + correction, 0, 30).astype(xp.int32)
-    return shifts
+    entries = {name: config.pairs * _inputs(model, name) for name in TRAINED}
+    entries["embedding"] = statistics["seen"]
+    square = _rows(xp, model, {name: statistics[f"square.{name}"] for name in TRAINED})
+    mean_square = xp.maximum(square // _rows(xp, model, entries), 1).astype(xp.int32)
+    # 2**8 to 2**10 is the window of one power of two in B around 24**2 = 576.
+    correction = (fixedpoint.floor_log2(mean_square) - 8) >> 1
+    shifts = _rows(xp, model, {name: scales[f"shift.{name}"] for name in TRAINED}) + correction
+    return {
+        f"shift.{name}": row for name, row in _named(TRAINED, xp.clip(shifts, 0, 30).astype(xp.int32)).items()
+    }
+
+
+def _rows(xp: Any, model: ModelConfig, values: dict[str, Any]) -> Array:
+    """One row for each parameter, so that an operation is one for all: [parameters, L]."""
+    zero = xp.zeros(model.layers, xp.int64)
+    return xp.stack([zero + value for value in values.values()])
+
+
+def _named(names: Iterable[str], rows: Array) -> dict[str, Array]:
+    """The inverse of `_rows`."""
+    return {name: rows[i] if name in LAYER else rows[i, 0] for i, name in enumerate(names)}
 
 
 def _inputs(model: ModelConfig, name: str) -> int:
@@ -286,30 +301,72 @@ def update(
     """Masters after one step: int16, by name.
 
     votes: int32; step_size, quantile: int64 scalars, from `schedule`. `linear`: `master += (votes * m + half)
-    >> 24` with m = step size * 2**16 / deviation; `threshold`: a weight moves by one int8 step where |votes|
-    passes quantile * deviation. The deviation is the one that the votes would have if fitness were noise.
-    The product stays below 2**63 (docs/numerics.md).
+    >> 24`, m from `multiples`; `threshold`: a weight moves by one int8 step where |votes| passes m. The product
+    stays below 2**63 (docs/numerics.md).
     """
-    xp = namespace(step_size)
     limit = fixedpoint.MASTER_LIMIT
+    multiple = multiples(config, model, masters, statistics, step_size, quantile)
     updated = {}
     for name, master in masters.items():
-        # Q8, so that small deviations keep their precision; at least 1.0, so that the quotient is bounded.
-        variance = xp.minimum(_variance(config, model, name, statistics), 1 << 45)
-        deviation = xp.maximum(fixedpoint.integer_sqrt(variance << 16), 1 << 8)
-        if deviation.ndim:
-            deviation = deviation.reshape(-1, *([1] * (master.ndim - 1)))
-        wide = votes[name].astype(xp.int64)
+        xp = namespace(step_size)
+        m, wide = multiple[name], votes[name].astype(xp.int64)
+        if m.ndim:
+            m = m.reshape(-1, *([1] * (master.ndim - 1)))
         if config.update == "threshold":
-            passed = (xp.abs(wide) << 16) > quantile * deviation
-            delta = xp.where(passed, xp.sign(wide) << fixedpoint.MASTER_FRACTION_BITS, 0)
+            delta = xp.where(xp.abs(wide) > m, xp.sign(wide) << fixedpoint.MASTER_FRACTION_BITS, 0)
         else:
-            multiple = {"head": config.step_head, "embedding": config.step_embedding}.get(
-                name, config.step_norm if name in NORMS else 1
-            )
-            delta = rounding_shift(wide * (((step_size * multiple) << 24) // deviation), 24)
+            delta = rounding_shift(wide * m, MULTIPLE_FRACTION_BITS)
         updated[name] = xp.clip(master + delta, -limit, limit).astype(xp.int16)
     return updated
+
+
+MULTIPLE_FRACTION_BITS = 24
+
+
+def multiples(
+    config: EggrollConfig,
+    model: ModelConfig,
+    names: Iterable[str],
+    statistics: Statistics,
+    step_size: Array,
+    quantile: Array,
+) -> dict[str, Array]:
+    """What votes are multiplied by, in 2**-24 of a master's step (`linear`), or have to pass (`threshold`).
+
+    int64 [L] or [] by parameter: step size * 2**16 / deviation, or quantile * deviation. The deviation is the
+    one that the votes would have if fitness were noise.
+    """
+    xp = namespace(step_size)
+    variance = _rows(xp, model, {name: _variance(config, model, name, statistics) for name in names})
+    # Q8, so that small deviations keep their precision; at least 1.0, so that the quotient is bounded.
+    deviation = xp.maximum(fixedpoint.integer_sqrt(xp.minimum(variance, 1 << 45) << 16), 1 << 8)
+    if config.update == "threshold":
+        return _named(names, (quantile * deviation) >> 16)
+    own = {"head": config.step_head, "embedding": config.step_embedding}
+    step = {name: own.get(name, config.step_norm if name in NORMS else 1) for name in names}
+    return _named(names, ((step_size * _rows(xp, model, step)) << MULTIPLE_FRACTION_BITS) // deviation)
+
+
+def advance(
+    config: EggrollConfig,
+    model_config: ModelConfig,
+    masters: dict[str, Array],
+    head_bias: Array,
+    votes: Votes,
+    statistics: Statistics,
+    scales: Scales,
+    step_size: Array,
+    quantile: Array,
+    root: Array,
+    step: Array,
+) -> tuple[dict[str, Array], Scales, Parameters, Array]:
+    """All that lies between two evaluations.
+
+    Returns the masters and scales after the step, and the weights and the key that step number `step` uses.
+    """
+    updated = update(config, model_config, masters, votes, statistics, step_size, quantile)
+    scales = next_scales(config, model_config, scales, statistics)
+    return updated, scales, parameters(updated, head_bias), step_key(root, step)
 
 
 def _variance(config: EggrollConfig, model: ModelConfig, name: str, statistics: Statistics) -> Array:

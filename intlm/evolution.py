@@ -6,7 +6,7 @@ import numpy as np
 
 from intlm import eggroll, model, noise
 from intlm.config import EggrollConfig, ModelConfig
-from intlm.eggroll import Scales, Statistics, Votes
+from intlm.eggroll import Scales, Statistics
 from intlm.engine.engine import Engine
 from intlm.fixedpoint import Array
 
@@ -40,14 +40,13 @@ def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarr
 
 
 class Evolution:
-    """Steps a state through a run of `steps` steps on an engine. `advance` is the part after the evaluation."""
+    """Steps a state through a run of `steps` steps on an engine."""
 
     def __init__(self, engine: Engine, model_config: ModelConfig, config: EggrollConfig, steps: int):
         self.engine, self.model, self.config, self.steps = engine, model_config, config, steps
         self._root = noise.seed_key(config.seed)
         self._parameters = engine.compile(model.parameters)
         self._next_scales = engine.compile(lambda *values: eggroll.next_scales(config, model_config, *values))
-        self.advance = engine.compile(self._after_evaluation)
         self._weights_of: tuple[dict[str, Array], model.Parameters] | None = None
         self._next_key: tuple[int, Array] | None = None
 
@@ -74,32 +73,12 @@ class Evolution:
         )
         size, quantile = eggroll.schedule(self.config, self.model, state.step, self.steps)
         step = state.step + 1
-        masters, scales, parameters, key = self.advance(
+        masters, scales, parameters, key = self.engine.advance(
             state.masters, state.head_bias, votes, statistics, scales, np.int64(size), np.int64(quantile),
             self._root, np.uint32(step),
         )  # fmt: skip
         self._weights_of, self._next_key = (masters, parameters), (step, key)
         return EvolutionState(masters, state.head_bias, recurrent, scales, step), statistics
-
-    def _after_evaluation(
-        self,
-        masters: dict[str, Array],
-        head_bias: Array,
-        votes: Votes,
-        statistics: Statistics,
-        scales: Scales,
-        step_size: Array,
-        quantile: Array,
-        root: Array,
-        step: Array,
-    ) -> tuple[dict[str, Array], Scales, model.Parameters, Array]:
-        """All that lies between two evaluations, in one call: at small sizes calls cost more than arithmetic.
-
-        Returns the masters and scales after the step, and the weights and the key that step number `step` uses.
-        """
-        updated = eggroll.update(self.config, self.model, masters, votes, statistics, step_size, quantile)
-        scales = eggroll.next_scales(self.config, self.model, scales, statistics)
-        return updated, scales, model.parameters(updated, head_bias), eggroll.step_key(root, step)
 
     def _measure(self, state: EvolutionState, parameters: Array, key: Array, tokens: np.ndarray) -> Scales:
         """Scales for the first step: from evaluations of its own segment that change nothing else."""

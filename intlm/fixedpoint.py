@@ -106,8 +106,10 @@ def floor_log2(x: Array) -> Array:
 
 
 def integer_sqrt(x: Array) -> Array:
-    """floor(sqrt(x)) of int64 `x` in [0, 2**62), bit by bit; int64."""
+    """floor(sqrt(x)) of int64 `x` in [0, 2**62), bit by bit where `x` is traced; int64."""
     xp = namespace(x)
+    if xp is np:
+        return np.array([math.isqrt(value) for value in np.ravel(x).tolist()], np.int64).reshape(np.shape(x))
     root = xp.zeros_like(x)
     for bit in range(30, -1, -1):
         candidate = root + (1 << bit)

@@ -39,6 +39,24 @@ class Engine(Protocol):
         """
         ...
 
+    def advance(
+        self,
+        masters: dict[str, Array],
+        head_bias: Array,
+        votes: Votes,
+        statistics: Statistics,
+        scales: Scales,
+        step_size: Array,
+        quantile: Array,
+        root: Array,
+        step: Array,
+    ) -> tuple[dict[str, Array], Scales, Parameters, Array]:
+        """The update, and all else between two evaluations, in one call; see `eggroll.advance`.
+
+        masters: int16 by name; step_size, quantile: int64, `eggroll.schedule`; root: uint32 [2]; step: uint32.
+        """
+        ...
+
     def forward(self, parameters: Parameters, tokens_NxT: Array, state_NxLxD: Array) -> tuple[Array, Array]:
         """The unperturbed model: logits int16 [N, T, V] in 1/256 bit, and the states after the tokens."""
         ...

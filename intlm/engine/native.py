@@ -60,6 +60,18 @@ class _StepJob(ctypes.Structure):
     )
 
 
+class _UpdateJob(ctypes.Structure):
+    _fields_ = (
+        *[(name, ctypes.c_int32) for name in ("threshold", "stride")],
+        ("layers", ctypes.c_int32 * len(TRAINED)),
+        ("root", ctypes.c_uint32 * 2),
+        ("step", ctypes.c_uint32),
+        ("key", _POINTER),
+        ("size", ctypes.c_int64 * len(TRAINED)),
+        *[(name, _POINTER) for name in ("multiple", "votes", "master", "after", "weight")],
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where the package was installed without one."""
@@ -67,7 +79,8 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
-    layout = ctypes.sizeof(_ModelJob) * 65536 + ctypes.sizeof(_StepJob)
+    loaded.intlm_layout.restype = ctypes.c_int64
+    layout = ctypes.sizeof(_ModelJob) << 32 | ctypes.sizeof(_StepJob) << 16 | ctypes.sizeof(_UpdateJob)
     if loaded.intlm_layout() != layout:
         raise InputError(f"{found[0]}: was built from another version of intlm; install the package again")
     for isa in _isas(loaded):
@@ -75,6 +88,8 @@ def library() -> ctypes.CDLL | None:
         getattr(loaded, f"intlm_free_{isa}").argtypes = (_POINTER,)
         getattr(loaded, f"intlm_read_{isa}").argtypes = (_POINTER, ctypes.POINTER(_ModelJob))
         getattr(loaded, f"intlm_run_{isa}").argtypes = (_POINTER, ctypes.POINTER(_StepJob))
+        getattr(loaded, f"intlm_update_{isa}").argtypes = (ctypes.POINTER(_UpdateJob),)
+        getattr(loaded, f"intlm_update_{isa}").restype = None
         getattr(loaded, f"intlm_peak_{isa}").restype = ctypes.c_int64
         getattr(loaded, f"intlm_peak_{isa}").argtypes = (ctypes.c_int64, ctypes.c_int)
     return loaded
@@ -210,8 +225,17 @@ class NativeEngine:
         self.threads = threads or usable_cores()
         self.chunk = chunk or SLICE_PAIRS
         self._evaluator = _Evaluator(loaded, self.isa, model)
+        self._update = getattr(loaded, f"intlm_update_{self.isa}")
         # What of a step's job stays the same.
         self._shapes = {name: shapes(model)[name] for name in TRAINED}
+        self._votes, self._masters, self._weights = (
+            _Bundle(self._shapes, dtype) for dtype in (np.int32, np.int16, np.int8)
+        )
+        layers = [model.layers if name in LAYER else 1 for name in TRAINED]
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        self._layers = (ctypes.c_int32 * len(TRAINED))(*layers)
+        self._sizes = (ctypes.c_int64 * len(TRAINED))(*[s // n for s, n in zip(sizes, layers, strict=True)])
+        self._entries = sum(sizes)
         self._sums = len(_COUNTS) + len(TRAINED) * model.layers
         self._shift = np.zeros((len(TRAINED), model.layers), np.int32)
         self._horizon = np.zeros((len(TRAINED), model.layers), np.int32)
@@ -219,6 +243,50 @@ class NativeEngine:
             if config.estimator == "activation" and name in eggroll.SITE_OF:
                 self._horizon[row] = eggroll.horizons(config, model, name)
         self._site_shift = [eggroll.site_shift(config, site, model.width) for site in eggroll.SITES]
+
+    def advance(
+        self,
+        masters: dict[str, Any],
+        head_bias: Any,
+        votes: Votes,
+        statistics: Statistics,
+        scales: Scales,
+        step_size: Any,
+        quantile: Any,
+        root: Any,
+        step: Any,
+    ) -> tuple[dict[str, np.ndarray], Scales, Parameters, np.ndarray]:
+        """See `Engine.advance`. The few numbers that a layer shares are NumPy's work."""
+        config, model = self.config, self.model
+        statistics = {name: np.asarray(value) for name, value in statistics.items()}
+        scales = {name: np.asarray(value) for name, value in scales.items()}
+        multiple = eggroll.multiples(
+            config, model, TRAINED, statistics, np.int64(step_size), np.int64(quantile)
+        )
+        rows, key = np.zeros((len(TRAINED), model.layers), np.int64), np.empty(2, np.uint32)
+        for row, name in enumerate(TRAINED):
+            rows[row] = multiple[name]
+        master, taken = self._masters.vector(masters), self._votes.vector(votes)
+        after, weights = np.empty(master.shape, np.int16), np.empty(master.shape, np.int8)
+        job = _UpdateJob(
+            threshold=config.update == "threshold",
+            stride=model.layers,
+            step=int(step),
+            key=key.ctypes.data,
+            layers=self._layers,
+            size=self._sizes,
+            multiple=rows.ctypes.data,
+            votes=taken.ctypes.data,
+            master=master.ctypes.data,
+            after=after.ctypes.data,
+            weight=weights.ctypes.data,
+        )
+        job.root[:] = np.asarray(root).tolist()
+        self._update(ctypes.byref(job))
+        parameters = self._weights.named(weights)
+        parameters["head_bias"] = head_bias
+        next_scales = eggroll.next_scales(config, model, scales, statistics)
+        return self._masters.named(after), next_scales, parameters, key
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` traced and compiled by XLA."""
@@ -258,7 +326,7 @@ class NativeEngine:
         tokens, state = _array(tokens_PxT1, np.int32), _array(state_PxLxD, np.int8)
         after = np.empty_like(state)
         job = self._job(key, scales, tokens.shape[1] - 1)
-        entries = sum(map(math.prod, self._shapes.values())) if votes else 0
+        entries = self._entries if votes else 0
         total, sums = np.empty(entries, np.int32), np.zeros(self._sums, np.int64)
         for start in range(0, tokens.shape[0], self.chunk):
             part = np.empty(entries, np.int32) if start else total
@@ -325,12 +393,34 @@ class NativeEngine:
                 statistics[f"square.{name}"] = square[row] if name in LAYER else square[row, 0]
         else:
             statistics["square"] = square[0, 0]
+        return self._votes.named(total), statistics
+
+
+class _Bundle:
+    """Arrays of all trained parameters in one vector, one after the other, and by name.
+
+    A vector that was given names is found again by the dictionary of these, without a copy.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: type):
+        self._shapes, self._dtype = shapes, dtype
+        self._known: tuple[dict[str, Any], np.ndarray] | None = None
+
+    def named(self, vector: np.ndarray) -> dict[str, Any]:
+        """The parts of a vector, by name."""
         parts, begin = {}, 0
         for name, shape in self._shapes.items():
             end = begin + math.prod(shape)
-            parts[name] = total[begin:end].reshape(shape)
+            parts[name] = vector[begin:end].reshape(shape)
             begin = end
-        return parts, statistics
+        self._known = parts, vector
+        return parts
+
+    def vector(self, parts: dict[str, Any]) -> np.ndarray:
+        """The inverse of `named`."""
+        if self._known is not None and self._known[0] is parts:
+            return self._known[1]
+        return np.concatenate([_array(parts[name], self._dtype).ravel() for name in self._shapes])
 
 
 def bundled(function: Callable[..., Any]) -> Callable[..., Any]:

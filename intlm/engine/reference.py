@@ -86,6 +86,10 @@ class ReferenceEngine:
         """The function as it is."""
         return function
 
+    def advance(self, *values: Any) -> tuple[dict[str, np.ndarray], Scales, Parameters, np.ndarray]:
+        """See `Engine.advance`."""
+        return eggroll.advance(self.config, self.model, *values)
+
     def forward(
         self, parameters: Parameters, tokens_NxT: np.ndarray, state_NxLxD: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -305,6 +305,7 @@ class XlaEngine:
         self._population = self.compile(self._population_slice)
         self._scores = self.compile(partial(self._population_slice, votes=False))
         self._forward = self.compile(self._forward_all)
+        self.advance = self.compile(partial(eggroll.advance, config, model))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` traced and compiled."""

@@ -41,4 +41,6 @@ extern "C" int intlm_isas(void) {
   return found;
 }
 
-extern "C" int intlm_layout(void) { return int(sizeof(ModelJob) * 65536 + sizeof(StepJob)); }
+extern "C" int64_t intlm_layout(void) {
+  return int64_t(sizeof(ModelJob)) << 32 | int64_t(sizeof(StepJob)) << 16 | int64_t(sizeof(UpdateJob));
+}

@@ -41,6 +41,19 @@ struct StepJob {
   int16_t *logits;                      // PLAIN: [rows, T, V]
 };
 
+struct UpdateJob {
+  int32_t threshold, stride;            // of `multiple`, between parameters
+  int32_t layers[PARAMETERS];           // 1 where a parameter has none
+  uint32_t root[2], step;               // of the key that comes next
+  uint32_t *key;
+  int64_t size[PARAMETERS];             // numbers in a layer
+  const int64_t *multiple;              // [PARAMETERS, L]
+  const int32_t *votes;                 // one parameter after the other, as all that follow
+  const int16_t *master;
+  int16_t *after;
+  int8_t *weight;
+};
+
 // An evaluator holds a model, its weights as the kernels read them, and memory for its calls, which are made one at
 // a time. `read` takes a model over; `read` and `run` return 0, or 1 where memory ran out.
 extern "C" {
@@ -48,11 +61,13 @@ extern "C" {
   void *intlm_new_##isa(void);                                 \
   void intlm_free_##isa(void *);                               \
   int intlm_read_##isa(void *, const ModelJob *);              \
-  int intlm_run_##isa(void *, const StepJob *);
+  int intlm_run_##isa(void *, const StepJob *);                \
+  void intlm_update_##isa(const UpdateJob *);
 INTLM_DECLARE(scalar)
 INTLM_DECLARE(avx2)
 INTLM_DECLARE(avx512)
 INTLM_DECLARE(amx)
 int intlm_isas(void);    // a bit for each instruction set that this processor and this build have: 1, 2, 4, 8
-int intlm_layout(void);  // sizeof(ModelJob) * 65536 + sizeof(StepJob): what the Python side has to agree with
+// What the Python side has to agree with.
+int64_t intlm_layout(void);
 }
