@@ -1,12 +1,13 @@
 """The native engine: a fused evaluator in C++ for CPUs, with the instruction set chosen at run time.
 
 The library is compiled when the package is installed, where there is a C++ compiler, and loaded through ctypes.
-It evaluates the population, votes and the plain model; the update runs where `compile` puts it, on XLA.
+It evaluates the population, votes and the plain model, and samples; the update runs where `compile` puts it, on XLA.
 """
 
 import ctypes
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,21 @@ import numpy as np
 from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
-from intlm.engine.xla import jit
+from intlm.engine.engine import DrawRule
 from intlm.errors import InputError, unknown
-from intlm.model import LAYER, TRAINED, Parameters
+from intlm.model import LAYER, TRAINED, Parameters, initial_state
 
 ISAS = {"scalar": 1, "avx2": 2, "avx512": 4}
 """Instruction sets, slowest first, with their bits in `intlm_isas`."""
 
 SLICE_PAIRS = 4096
 """Pairs evaluated in one call; a larger population takes several, and its memory stays flat."""
+
+CALL_TOKENS = 64
+"""Tokens sampled or read in one call at most; between calls they are shown, and Ctrl-C is heard."""
+
+CALL_SECONDS = 0.02
+"""Calls grow while they take less."""
 
 _PLAIN, _ACTIVATION, _WEIGHT = range(3)
 _POINTER = ctypes.c_void_p
@@ -56,6 +63,22 @@ class _StepJob(ctypes.Structure):
     )
 
 
+class _SampleJob(ctypes.Structure):
+    _fields_ = (
+        ("weight", _POINTER),
+        *[(name, ctypes.c_int32) for name in ("top_k", "top_p")],
+        ("key", ctypes.c_uint32 * 2),
+        *[(name, ctypes.c_uint32) for name in ("sample", "position")],
+        ("text", _POINTER),
+        *[(name, ctypes.c_int32) for name in ("tokens", "count")],
+        *[(name, _POINTER) for name in ("state", "drawn")],
+    )
+
+
+_JOBS = {"": _StepJob, "sampler_": _SampleJob}
+"""What a handle runs, by the prefix of its entry points."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where the package was installed without one."""
@@ -63,15 +86,17 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
-    if loaded.intlm_layout() != ctypes.sizeof(_ModelJob) * 65536 + ctypes.sizeof(_StepJob):
+    sizes = [ctypes.sizeof(job) for job in (_ModelJob, _StepJob, _SampleJob)]
+    if loaded.intlm_layout() != (sizes[0] << 20) + (sizes[1] << 10) + sizes[2]:
         raise InputError(f"{found[0]}: was built from another version of intlm; install the package again")
     for isa, bit in ISAS.items():
         if not loaded.intlm_isas() & bit:
             continue
-        getattr(loaded, f"intlm_new_{isa}").restype = _POINTER
-        getattr(loaded, f"intlm_free_{isa}").argtypes = (_POINTER,)
-        getattr(loaded, f"intlm_read_{isa}").argtypes = (_POINTER, ctypes.POINTER(_ModelJob))
-        getattr(loaded, f"intlm_run_{isa}").argtypes = (_POINTER, ctypes.POINTER(_StepJob))
+        for what, job in _JOBS.items():
+            getattr(loaded, f"intlm_{what}new_{isa}").restype = _POINTER
+            getattr(loaded, f"intlm_{what}free_{isa}").argtypes = (_POINTER,)
+            getattr(loaded, f"intlm_{what}read_{isa}").argtypes = (_POINTER, ctypes.POINTER(_ModelJob))
+            getattr(loaded, f"intlm_{what}run_{isa}").argtypes = (_POINTER, ctypes.POINTER(job))
     return loaded
 
 
@@ -117,12 +142,15 @@ def usable_cores() -> int:
 
 
 class _Evaluator:
-    """The evaluator of an instruction set, with the model that it holds and memory for its calls; frees itself."""
+    """The evaluator of an instruction set, with the model that it holds and memory for its calls; frees itself.
 
-    def __init__(self, loaded: ctypes.CDLL, isa: str, model: ModelConfig):
+    With the prefix "sampler_" its sampler, which is used in the same way.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL, isa: str, model: ModelConfig, prefix: str = ""):
         self._model = model
         self._read, self._run, self._free, new = (
-            getattr(loaded, f"intlm_{what}_{isa}") for what in ("read", "run", "free", "new")
+            getattr(loaded, f"intlm_{prefix}{what}_{isa}") for what in ("read", "run", "free", "new")
         )
         self._parameters: Parameters | None = None
         self._sites = [getattr(model, site) for site in ("gate", "candidate", "mlp")]
@@ -136,7 +164,7 @@ class _Evaluator:
         if not self._handle:
             raise MemoryError("the native engine could not be started")
 
-    def run(self, parameters: Parameters, job: _StepJob) -> None:
+    def run(self, parameters: Parameters, job: ctypes.Structure) -> None:
         """Do `job` on the model of these parameters, which are read where they are other ones than before."""
         if self._parameters is not parameters:
             self._parameters = None
@@ -183,10 +211,14 @@ class NativeEngine:
         assert loaded is not None
         self.threads = threads or usable_cores()
         self.chunk = chunk or SLICE_PAIRS
+        self._library = loaded
         self._evaluator = _Evaluator(loaded, self.isa, model)
+        self._sampler: _Evaluator | None = None  # holds the weights once more, packed for one stream
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` traced and compiled by XLA."""
+        """`function` traced and compiled by XLA, which is loaded for it."""
+        from intlm.engine.xla import jit
+
         return jit(function)
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
@@ -208,6 +240,44 @@ class NativeEngine:
         )
         self._evaluator.run(parameters, job)
         return logits, after
+
+    def sample(
+        self, parameters: Parameters, prompt_T: np.ndarray, rule: DrawRule, count: int, length: int
+    ) -> Iterator[np.ndarray]:
+        """See `SamplingEngine.sample`."""
+        if self._sampler is None:
+            self._sampler = _Evaluator(self._library, self.isa, self.model, "sampler_")
+        weights, prompt = _array(rule.weights, np.int32), _array(prompt_T, np.int32)
+        if not prompt.size or prompt.min() < 0 or prompt.max() >= self.model.vocabulary:
+            raise ValueError(f"a prompt holds one or more of the tokens 0 to {self.model.vocabulary - 1}")
+        job = _SampleJob(weight=weights.ctypes.data, top_k=rule.top_k, top_p=rule.top_p)
+        job.key[:] = np.asarray(rule.key).tolist()
+        call, read = 1, 0
+
+        def run(state_LxD: np.ndarray, text: np.ndarray, drawn: np.ndarray) -> None:
+            job.state, job.text, job.tokens = state_LxD.ctypes.data, text.ctypes.data, text.size
+            job.drawn, job.count = drawn.ctypes.data, drawn.size
+            self._sampler.run(parameters, job)
+
+        def next_call(since: float) -> int:
+            quick = time.perf_counter() - since < CALL_SECONDS
+            return min(2 * call, CALL_TOKENS) if quick else max(1, call // 2)
+
+        start, none = initial_state(self.model, 1), np.empty(0, np.int32)
+        while read < prompt.size - 1:
+            began, stop = time.perf_counter(), min(read + call, prompt.size - 1)
+            run(start[0], prompt[read:stop], none)
+            call, read = next_call(began), stop
+        states = np.repeat(start, count, axis=0)
+        last_Nx1 = np.repeat(prompt[None, -1:], count, axis=0)
+        drawn = 0
+        while drawn < length:
+            began, tokens_NxT = time.perf_counter(), np.empty((count, min(call, length - drawn)), np.int32)
+            job.position = drawn
+            for job.sample in range(count):
+                run(states[job.sample], last_Nx1[job.sample], tokens_NxT[job.sample])
+            yield tokens_NxT
+            call, last_Nx1, drawn = next_call(began), tokens_NxT[:, -1:], drawn + tokens_NxT.shape[1]
 
     def population_step(
         self,

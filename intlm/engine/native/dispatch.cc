@@ -14,4 +14,4 @@ extern "C" int intlm_isas(void) {
   return found;
 }
 
-extern "C" int intlm_layout(void) { return int(sizeof(ModelJob) * 65536 + sizeof(StepJob)); }
+extern "C" int intlm_layout(void) { return int((sizeof(ModelJob) << 20) + (sizeof(StepJob) << 10) + sizeof(SampleJob)); }
