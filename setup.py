@@ -6,7 +6,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "intlm/engine/native"
-DEPENDS = ("native.h", *(f"{n}.inc" for n in ("preamble", "bytes", "noise", "matrix", "forward", "votes", "sample", "population")))
+DEPENDS = (
+    "native.h",
+    *(
+        f"{n}.inc"
+        for n in ("preamble", "bytes", "noise", "matrix", "forward", "votes", "sample", "population")
+    ),
+)
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fwrapv", "-pthread", "-Wno-psabi"]
 # A flag of its own for each file, chosen between at run time: one binary runs on any processor of its kind.
 FLAGS = {

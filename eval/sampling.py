@@ -134,9 +134,7 @@ class Sampler:
             return self.engine.sample(self.parameters, prompt, rule, count, length)
         return self._together(prompt, rule, count, length)
 
-    def _together(
-        self, prompt: np.ndarray, rule: DrawRule, count: int, length: int
-    ) -> Iterator[np.ndarray]:
+    def _together(self, prompt: np.ndarray, rule: DrawRule, count: int, length: int) -> Iterator[np.ndarray]:
         """All samples at once, token by token, on any engine."""
         drawing = self.engine.compile(lambda logits, random: draw(self.config, logits, random))
         state: Array = initial_state(self.model, 1)

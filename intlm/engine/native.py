@@ -1,7 +1,8 @@
 """The native engine: a fused evaluator in C++ for CPUs, with the instruction set chosen at run time.
 
 The library is compiled when the package is installed, where there is a C++ compiler, and loaded through ctypes.
-It evaluates the population, votes and the plain model, and samples; the update runs where `compile` puts it, on XLA.
+It evaluates the population, votes and the plain model, and it samples; the update runs where `compile` puts it,
+on XLA.
 """
 
 import ctypes
@@ -32,6 +33,10 @@ CALL_TOKENS = 64
 
 CALL_SECONDS = 0.02
 """Calls grow while they take less."""
+
+SAMPLES_TOGETHER = 16
+"""From so many samples on, enough to fill its lanes, `forward` takes all of them through the model at once; fewer
+go by themselves, one after another."""
 
 _PLAIN, _ACTIVATION, _WEIGHT = range(3)
 _POINTER = ctypes.c_void_p
@@ -71,7 +76,7 @@ class _SampleJob(ctypes.Structure):
         *[(name, ctypes.c_uint32) for name in ("sample", "position")],
         ("text", _POINTER),
         *[(name, ctypes.c_int32) for name in ("tokens", "count")],
-        *[(name, _POINTER) for name in ("state", "drawn")],
+        *[(name, _POINTER) for name in ("state", "drawn", "logits")],
     )
 
 
@@ -197,6 +202,19 @@ class _Evaluator:
             self._free(self._handle)
 
 
+class _Pace:
+    """How many tokens the next call takes: more while calls take little time."""
+
+    tokens = 1
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        quick = time.perf_counter() - self._since < CALL_SECONDS
+        self.tokens = min(2 * self.tokens, CALL_TOKENS) if quick else max(1, self.tokens // 2)
+
+
 class NativeEngine:
     """C++ on all cores that the process may use."""
 
@@ -245,39 +263,45 @@ class NativeEngine:
         self, parameters: Parameters, prompt_T: np.ndarray, rule: DrawRule, count: int, length: int
     ) -> Iterator[np.ndarray]:
         """See `SamplingEngine.sample`."""
-        if self._sampler is None:
-            self._sampler = _Evaluator(self._library, self.isa, self.model, "sampler_")
+        sampler = self._sampler = self._sampler or _Evaluator(self._library, self.isa, self.model, "sampler_")
         weights, prompt = _array(rule.weights, np.int32), _array(prompt_T, np.int32)
         if not prompt.size or prompt.min() < 0 or prompt.max() >= self.model.vocabulary:
             raise ValueError(f"a prompt holds one or more of the tokens 0 to {self.model.vocabulary - 1}")
         job = _SampleJob(weight=weights.ctypes.data, top_k=rule.top_k, top_p=rule.top_p)
         job.key[:] = np.asarray(rule.key).tolist()
-        call, read = 1, 0
 
-        def run(state_LxD: np.ndarray, text: np.ndarray, drawn: np.ndarray) -> None:
-            job.state, job.text, job.tokens = state_LxD.ctypes.data, text.ctypes.data, text.size
+        def run(drawn: np.ndarray, text: np.ndarray, state_LxD: np.ndarray) -> None:
+            """Read `text`, then draw as many tokens as `drawn` holds."""
+            job.text, job.tokens, job.state = text.ctypes.data, text.size, state_LxD.ctypes.data
             job.drawn, job.count = drawn.ctypes.data, drawn.size
-            self._sampler.run(parameters, job)
+            sampler.run(parameters, job)
 
-        def next_call(since: float) -> int:
-            quick = time.perf_counter() - since < CALL_SECONDS
-            return min(2 * call, CALL_TOKENS) if quick else max(1, call // 2)
-
-        start, none = initial_state(self.model, 1), np.empty(0, np.int32)
+        pace, none = _Pace(), np.empty(0, np.int32)
+        states = initial_state(self.model, 1)
+        read = 0
         while read < prompt.size - 1:
-            began, stop = time.perf_counter(), min(read + call, prompt.size - 1)
-            run(start[0], prompt[read:stop], none)
-            call, read = next_call(began), stop
-        states = np.repeat(start, count, axis=0)
+            with pace:
+                piece = prompt[read : min(read + pace.tokens, prompt.size - 1)]
+                run(none, piece, states[0])
+                read += piece.size
+        states = np.repeat(states, count, axis=0)
         last_Nx1 = np.repeat(prompt[None, -1:], count, axis=0)
-        drawn = 0
-        while drawn < length:
-            began, tokens_NxT = time.perf_counter(), np.empty((count, min(call, length - drawn)), np.int32)
-            job.position = drawn
-            for job.sample in range(count):
-                run(states[job.sample], last_Nx1[job.sample], tokens_NxT[job.sample])
-            yield tokens_NxT
-            call, last_Nx1, drawn = next_call(began), tokens_NxT[:, -1:], drawn + tokens_NxT.shape[1]
+        together = count >= SAMPLES_TOGETHER
+        while job.position < length:
+            with pace:
+                size = 1 if together else min(pace.tokens, length - job.position)
+                drawn_NxT = np.empty((count, size), np.int32)
+                if together:
+                    logits, states = self.forward(parameters, last_Nx1, states)
+                    job.logits, job.drawn, job.count = logits.ctypes.data, drawn_NxT.ctypes.data, count
+                    sampler.run(parameters, job)
+                else:
+                    for sample in range(count):
+                        job.sample = sample
+                        run(drawn_NxT[sample], last_Nx1[sample], states[sample])
+            yield drawn_NxT
+            job.position += size
+            last_Nx1 = drawn_NxT[:, -1:]
 
     def population_step(
         self,

@@ -49,6 +49,8 @@ struct SampleJob {
   int32_t tokens, count;                // the last token drawn is not read: it is the next call's text
   int8_t *state;                        // [L, D], before and after
   int32_t *drawn;                       // [count]
+  const int16_t *logits;                // [count, V]: where given, one token for each of `count` samples is drawn from
+                                        // these, and nothing is read
 };
 
 // An evaluator holds a model, its weights as the kernels read them, and memory for its calls, which are made one at
