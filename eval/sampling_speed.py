@@ -41,7 +41,7 @@ def measure(
 ) -> list[SamplingSpeed]:
     """Time every engine with every number of samples, about `seconds` for each figure and round.
 
-    Up to 15 samples the native engine computes in one thread; everything else takes the cores that it gets.
+    Up to 31 samples the native engine computes in one thread; everything else takes the cores that it gets.
     """
     state = initial(model_config, config, np.ones(model_config.vocabulary, np.int64))
     weights = parameters(state.masters, state.head_bias)

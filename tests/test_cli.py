@@ -272,7 +272,7 @@ needs_native = pytest.mark.skipif(not available_isas(), reason="installed withou
 
 @needs_native
 @pytest.mark.parametrize(
-    "words", [["--temperature", "0"], ["--top-k", "9", "--count", "2"], ["--count", "20"]]
+    "words", [["--temperature", "0"], ["--top-k", "9", "--count", "2"], ["--count", "40"]]
 )
 def test_the_native_engine_samples_the_same(home: Path, words: list[str]) -> None:
     words = [*words, "--seed", "3", "--prompt", "-"]

@@ -34,9 +34,9 @@ CALL_TOKENS = 64
 CALL_SECONDS = 0.02
 """Calls grow while they take less."""
 
-SAMPLES_TOGETHER = 16
-"""From so many samples on, enough to fill its lanes, `forward` takes all of them through the model at once; fewer
-go by themselves, one after another."""
+SAMPLES_TOGETHER = 32
+"""From so many samples on, which fill a block of its lanes, `forward` takes all of them through the model at once;
+fewer go by themselves, one after another."""
 
 _PLAIN, _ACTIVATION, _WEIGHT = range(3)
 _POINTER = ctypes.c_void_p
