@@ -138,6 +138,19 @@ def test_every_activation(isa, site):
 
 
 @isas
+@pytest.mark.parametrize("magnitude", [0, 1, 2, 3, 4, 127])
+def test_norms_of_any_magnitude(isa, magnitude):
+    # The final norm reads the embedding alone, and its output decides the logits.
+    config, rng = MODELS["1000 tokens"], np.random.default_rng(magnitude)
+    made = {name: np.zeros(shape, np.int8) for name, shape in model.shapes(config).items()}
+    made["embedding"] = (rng.choice([-1, 1], (1000, 192)) * magnitude).astype(np.int8)
+    made["head"] = extremes(rng, (1000, 192)).astype(np.int8)
+    made["norm_output"] = extremes(rng, (192,)).astype(np.int8)
+    made["head_bias"] = np.zeros(1000, np.int16)
+    check(config, isa, made, SamplingConfig(temperature=5000), [7], 1, 20)
+
+
+@isas
 def test_prompts_of_any_length_with_separators(isa):
     config = MODELS["70 tokens"]
     parameters = extreme_parameters(config, 1, 0)

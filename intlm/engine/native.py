@@ -35,7 +35,7 @@ CALL_SECONDS = 0.02
 """Calls grow while they take less."""
 
 SAMPLES_TOGETHER = 32
-"""From so many samples on, which fill a block of its lanes, `forward` takes all of them through the model at once;
+"""From so many samples on, which fill a block of lanes, `forward` takes all of them through the model at once;
 fewer go by themselves, one after another."""
 
 _PLAIN, _ACTIVATION, _WEIGHT = range(3)
