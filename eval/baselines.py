@@ -45,12 +45,12 @@ class Baselines:
 def baselines(train: Iterable[bytes], held_out: Iterable[bytes]) -> Baselines:
     """Every baseline of the documents `held_out`. `InputError` where they have no bytes."""
     held_out = list(held_out)
-    train_counts = _counts(train, MAXIMUM_ORDER)
-    held_out_counts = _counts(held_out, MAXIMUM_ORDER)
-    train_by_order = [_lower(train_counts, 256**order) for order in (1, 2, 3)]
-    held_out_by_order = [_lower(held_out_counts, 256**order) for order in (1, 2, 3)]
+    train_counts = ngram_counts(train, MAXIMUM_ORDER)
+    held_out_counts = ngram_counts(held_out, MAXIMUM_ORDER)
+    train_by_order = [lower_order(train_counts, 256**order) for order in (1, 2, 3)]
+    held_out_by_order = [lower_order(held_out_counts, 256**order) for order in (1, 2, 3)]
     fit = [_cross_entropy(*counts) for counts in zip(train_by_order, held_out_by_order, strict=True)]
-    own = [_entropy(counts) for counts in held_out_by_order]
+    own = [entropy(counts) for counts in held_out_by_order]
     compressed = compressed_bits_per_byte(held_out)
     return Baselines(
         unigram=fit[0],
@@ -73,7 +73,7 @@ def ngram_bits_per_byte(train: Iterable[bytes], held_out: Iterable[bytes], order
     different bytes follow h (Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language
     Modeling", Harvard TR-10-98). `InputError` for another order, or where `held_out` has no bytes.
     """
-    return _cross_entropy(_counts(train, order), _counts(held_out, order))
+    return _cross_entropy(ngram_counts(train, order), ngram_counts(held_out, order))
 
 
 def own_entropy(held_out: Iterable[bytes], order: int) -> float:
@@ -82,7 +82,7 @@ def own_entropy(held_out: Iterable[bytes], order: int) -> float:
     No n-gram model of this order can do better on this text, whatever it was fit on. `InputError` for another
     order, or where `held_out` has no bytes.
     """
-    return _entropy(_counts(held_out, order))
+    return entropy(ngram_counts(held_out, order))
 
 
 def compressed_bits_per_byte(held_out: Iterable[bytes]) -> dict[str, float]:
@@ -97,7 +97,7 @@ def compressed_bits_per_byte(held_out: Iterable[bytes]) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def _counts(documents: Iterable[bytes], order: int) -> np.ndarray:
+def ngram_counts(documents: Iterable[bytes], order: int) -> np.ndarray:
     """How often each n-gram ends at a byte of text: int64 [256 ** order], the last byte varying fastest."""
     if order not in range(1, MAXIMUM_ORDER + 1):
         raise InputError(f"order: {order} (accepted: 1, 2, 3)")
@@ -120,7 +120,7 @@ def _counts(documents: Iterable[bytes], order: int) -> np.ndarray:
     return counts
 
 
-def _lower(counts: np.ndarray, size: int) -> np.ndarray:
+def lower_order(counts: np.ndarray, size: int) -> np.ndarray:
     """The `size` counts of a lower order, from those of a higher one."""
     return counts.reshape(-1, size).sum(axis=0)
 
@@ -132,7 +132,7 @@ def _cross_entropy(train_counts: np.ndarray, held_out_counts: np.ndarray) -> flo
     probability = np.full(len(codes), 1 / 256)
     size = 256
     while size <= len(train_counts):
-        counts = _lower(train_counts, size)
+        counts = lower_order(train_counts, size)
         by_context = counts.reshape(-1, 256)
         context = (codes % size) >> 8
         total = by_context.sum(axis=1)[context]
@@ -146,7 +146,8 @@ def _cross_entropy(train_counts: np.ndarray, held_out_counts: np.ndarray) -> flo
     return float(-(weights * np.log2(probability)).sum() / weights.sum())
 
 
-def _entropy(counts: np.ndarray) -> float:
+def entropy(counts: np.ndarray) -> float:
+    """Bits per byte of the text that has these counts (`ngram_counts`), by themselves."""
     codes = np.flatnonzero(counts)
     if not len(codes):
         raise _nothing_held_out()

@@ -1,5 +1,6 @@
 """Bits per byte of held-out text under the unperturbed model."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from tokenizer import Tokenizer
 
 LANES = 128
 SEGMENT = 128
+LARGEST_LOGITS = 1 << 24
+"""Logits that are computed at once, so that a large vocabulary does not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,50 @@ class HeldOut:
     bytes: int
 
     @classmethod
-    def from_stream(cls, stream_S: np.ndarray, tokenizer: Tokenizer, limit: int = 0) -> "HeldOut":
-        """Lay out a token stream (see `train.corpus.pack`), or its first `limit` tokens where that is not 0.
+    def from_stream(
+        cls,
+        stream_S: np.ndarray,
+        tokenizer: Tokenizer,
+        limit: int = 0,
+        lengths_S: np.ndarray | None = None,
+    ) -> "HeldOut":
+        """Lay out a token stream (separator, document, …), or its first `limit` tokens where that is not 0.
 
-        Every token but the first, which is a separator, is predicted exactly once. Raises InputError for a
-        stream in which nothing is to be predicted.
+        lengths_S: bytes of raw text behind each token; None takes those that it is decoded to, which is the
+        same for a tokenizer without loss. Every token but the first, which is a separator, is predicted
+        exactly once. Raises InputError for a stream in which nothing is to be predicted.
         """
         stream = stream_S[: limit or None].astype(np.int32)
+        lengths = tokenizer.byte_lengths()[stream] if lengths_S is None else lengths_S[: limit or None]
         inputs, targets = stream[:-1], stream[1:]
         lanes = max(1, min(LANES, len(inputs) // SEGMENT))
         width = -(-len(inputs) // (lanes * SEGMENT)) * SEGMENT
         padding = (0, lanes * width - len(inputs))
         inputs, targets = np.pad(inputs, padding), np.pad(targets, padding)
         counted = (targets != tokenizer.separator) & (np.arange(lanes * width) < len(stream) - 1)
-        byte_count = int(tokenizer.byte_lengths()[targets[counted]].sum())
+        is_text = stream[1:] != tokenizer.separator
+        byte_count = int(lengths[1:][is_text].sum(dtype=np.int64))
         if not byte_count:
             raise InputError("the held-out text is nothing but separators (accepted: a byte other than 0)")
         shape = (lanes, width)
         return cls(inputs.reshape(shape), targets.reshape(shape), counted.reshape(shape), byte_count)
+
+
+def lay_out(documents: Iterable[bytes], tokenizer: Tokenizer, limit: int = 0) -> HeldOut:
+    """Documents, each opened by a separator, as held-out text; their first `limit` tokens where that is not 0.
+
+    Bytes are those of the raw text, also where the tokenizer does not keep all of it: the same documents have
+    as many under every tokenizer. Raises InputError where nothing is to be predicted.
+    """
+    tokens, lengths, size = [np.empty(0, np.int32)], [np.empty(0, np.int32)], 0
+    for document in documents:
+        if limit and size >= limit:
+            break
+        tokens_T, lengths_T = tokenizer.encode_aligned(document)
+        tokens += [np.array([tokenizer.separator], np.int32), tokens_T.astype(np.int32)]
+        lengths += [np.zeros(1, np.int32), lengths_T]
+        size += 1 + len(tokens_T)
+    return HeldOut.from_stream(np.concatenate(tokens), tokenizer, limit, np.concatenate(lengths))
 
 
 class Evaluator:
@@ -61,8 +90,11 @@ class Evaluator:
         """The log-likelihood of the counted targets, in 1/256 bit: an exact integer, 0 or negative."""
         data, total = self.held_out, 0
         state = initial_state(self.model, data.inputs_NxS.shape[0])
-        for start in range(0, data.inputs_NxS.shape[1], SEGMENT):
-            window = np.s_[:, start : start + SEGMENT]
+        step = SEGMENT
+        while step > 1 and data.inputs_NxS.shape[0] * step * self.model.vocabulary > LARGEST_LOGITS:
+            step //= 2
+        for start in range(0, data.inputs_NxS.shape[1], step):
+            window = np.s_[:, start : start + step]
             logits, state = self.engine.forward(parameters, data.inputs_NxS[window], state)
             scores = np.asarray(self._score(logits, data.targets_NxS[window]))
             total += int(scores[data.counted_NxS[window]].sum(dtype=np.int64))

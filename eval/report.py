@@ -4,14 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval.baselines import baselines
-from eval.bits import Evaluator, HeldOut
+from eval.bits import Evaluator, lay_out
 from intlm.engine.engine import Engine
 from intlm.errors import InputError
 from intlm.model import Parameters
 from tokenizer import Tokenizer
-from train import corpus
 from train.config import RunConfig
-from train.text import load_text
+from train.corpus import open_corpus
+from train.text import HELD_OUT_BYTES, first, load_text
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,26 @@ def evaluate(
     parameters: Parameters,
     tokenizer: Tokenizer,
     data: str | None = None,
-    digest: str | None = None,
+    fingerprints: Any = None,
+    digests: dict[str, str] | None = None,
 ) -> Evaluation:
-    """Score the run's held-out text, or all documents of the corpus `data`. Raises InputError for bad text.
+    """Score the run's held-out text, or the corpus `data` instead. Raises InputError for bad text.
 
-    n-grams are counted on the run's training text. `digest` is of the text that the model was trained on: of
-    another text, what is held out may have been trained on, so that it is refused.
+    n-grams are counted on the run's training text. `fingerprints` and `digests` are of the text that the model
+    was trained on: of another text, what is held out may have been trained on, so that it is refused.
     """
-    text = load_text(config.text, tokenizer, config.eggroll.seed)
-    if data is None and digest not in (None, text.digest):
+    text = load_text(config.text)
+    if data is None and digests is not None and (changed := text.changes(fingerprints, digests)):
         raise InputError(
-            f"{config.text.data}: the text has changed since the run {run} was trained; restore it, or name "
-            "another with --data"
+            f"{changed[0]} since the run {run} was trained; restore it, or name another with --data"
         )
-    documents, name = text.held_out, config.text.held_out or f"held-out part of {config.text.data}"
+    names = ", ".join(config.text.data)
+    documents, name = text.held_out, config.text.held_out or f"held-out part of {names}"
     if data is not None:
-        documents, name = list(corpus.open_corpus(data, config.text.text_field).documents()), data
-    held_out = HeldOut.from_stream(corpus.pack(documents, tokenizer), tokenizer)
+        corpus = open_corpus(data, config.text.text_field)
+        documents, whole = first(corpus.documents(), HELD_OUT_BYTES)
+        name = data if whole else f"the first {HELD_OUT_BYTES >> 20} MiB of {data}"
+    held_out = lay_out(documents, tokenizer)
     bits = Evaluator(engine, config.model, held_out).bits_per_byte(parameters)
     member_tokens = step * config.eggroll.population * config.eggroll.segment
     figures = asdict(baselines(text.train, documents))

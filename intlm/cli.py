@@ -5,6 +5,7 @@ time wait until a command needs them.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -24,6 +25,8 @@ DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 # What the numbers of a command line are held to, so that none asks for more memory than there can be.
 LARGEST_COUNT = 1 << 16
 LARGEST_LENGTH = (1 << 31) - 1
+
+TOKENIZER_COMMANDS = ("train", "encode", "decode", "inspect")
 
 # JAX has one exception for all that goes wrong in it. These two a person can put right.
 CURABLE = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
@@ -61,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Python's own handler raises, which inside of JAX is lost or ends in a crash. Only training has
-        # something to finish first, and takes the signal over.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        # something to finish first, and takes the signal over. The trainer of tokenizers is one long call of a
+        # library, in which no handler of Python's is run at all.
+        leave = signal.SIG_DFL if words[:1] == ["tokenizer"] else lambda *_: os._exit(INTERRUPTED)
+        signal.signal(signal.SIGINT, leave)
     _prepare_streams()
     try:
         parsed = _parse(words)
@@ -120,18 +125,21 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train": _add_train,
         "sample": _add_sample,
         "eval": _add_eval,
+        "data": _add_data,
         "audit": _add_audit,
         "bench": _add_bench,
+        "tokenizer": _add_tokenizer,
     }
     # argparse would list the commands without naming the nearest.
-    if words and not words[0].startswith("-") and words[0] not in known:
-        raise unknown("command", words[0], known)
+    for place, names in enumerate((known, TOKENIZER_COMMANDS if words[:1] == ["tokenizer"] else ())):
+        if names and words[place:] and not words[place].startswith("-") and words[place] not in names:
+            raise unknown(" ".join([*words[:place], "command"]), words[place], names)
     helped = bool({"-h", "--help"} & set(words))
     for name, add in known.items():
         add(commands, name, describe=helped and words[:1] == [name])
     parsed, rest = parser.parse_known_args(words)
     if rest:
-        command = commands.choices[words[0]]
+        command = getattr(parsed, "parser", commands.choices[words[0]])
         flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
         if not flags:
             command.error(f"one argument too many: {rest[0]!r}")
@@ -157,9 +165,23 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
     add("preset", nargs="?", metavar="PRESET", help="tiny, small, medium or paper (default: small)")
     add(
         "--data",
-        metavar="CORPUS",
-        help="'stdlib', or a file, directory or glob of text or JSON lines (default: stdlib)",
+        action="append",
+        metavar="CORPUS[=WEIGHT]",
+        help="'stdlib', or a file, directory or glob of text or JSON lines; given again, a mixture whose bytes "
+        "come in proportion to the weights, integers (default: stdlib)",
+        default=[],
+    )
+    add(
+        "--max-documents",
+        type=_integer("--max-documents"),
+        metavar="N",
+        help="only the first N documents of each corpus (default: 0, all)",
         default=argparse.SUPPRESS,
+    )
+    add(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on with a run although its text has changed; what follows cannot be reproduced",
     )
     add(
         "--held-out",
@@ -173,6 +195,8 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
         help="field of a JSON line with the text (default: text)",
         default=argparse.SUPPRESS,
     )
+    add("--tokenizer", metavar="MODEL", default=argparse.SUPPRESS,
+        help="'bytes', a .model file of SentencePiece, or the directory of a run (default: bytes)")  # fmt: skip
     add(
         "--run",
         metavar="NAME",
@@ -286,6 +310,29 @@ def _add_eval(commands: Any, name: str, describe: bool) -> None:
     command.set_defaults(command=_eval)
 
 
+def _add_data(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="what is in a corpus: sizes, lengths, n-grams, a few documents",
+        description="Read a corpus, or each of a mixture, to its end and describe it.",
+    )
+    add = command.add_argument
+    add("corpora", nargs="*", metavar="CORPUS[=WEIGHT]", help="as --data of train (default: stdlib)")
+    add("--data", action="append", metavar="CORPUS[=WEIGHT]", default=[], help="a further corpus")
+    add(
+        "--text-field", metavar="FIELD", default="text", help="field of a JSON line, or column, with the text"
+    )
+    add("--max-documents", type=_integer("--max-documents"), metavar="N", default=0,
+        help="only the first N documents of each corpus; 0 takes all")  # fmt: skip
+    add("--tokenizer", metavar="MODEL", default="bytes",
+        help="'bytes', a .model file of SentencePiece, or the directory of a run")  # fmt: skip
+    add("--preset", default="small", metavar="PRESET", help="whose steps an epoch is counted in")
+    add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[], help="as for train")
+    add("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_data)
+
+
 def _add_audit(commands: Any, name: str, describe: bool) -> None:
     command = commands.add_parser(
         name,
@@ -304,10 +351,13 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="throughput of the engines, in one run",
-        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine.",
+        description="Measure member-tokens/s of training, evaluation and plain inference, engine by engine, "
+        "beside this processor's own int8 peak. docs/performance.md explains every figure.",
     )
     add = command.add_argument
-    add("preset", nargs="?", default="small", metavar="PRESET", help="tiny, small, medium or paper")
+    add("preset", nargs="?", default="small", metavar="PRESET",
+        help="tiny, small, medium or paper; or data: the speed of reading and tokenizing text")  # fmt: skip
+    add("--tokenizer", metavar="MODEL", default="bytes", help="of data: as for train")
     add(
         "--engine",
         dest="engines",
@@ -316,11 +366,69 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="an engine to measure; may be given again (default: xla, and native where there is one)",
     )
     add("--population", dest="populations", action="append", type=_integer("--population"), metavar="N",
-        help="a population to measure with; may be given again (default: the preset's)")  # fmt: skip
-    add("--set", dest="settings", action="append", metavar="KEY=VALUE", help="as for train", default=[])
-    add("--seconds", type=_integer("--seconds"), default=2, metavar="S", help="seconds a figure and round")
+        help="a population to measure with; may be given again (default: the preset's, and 4 and 16 times as "
+        "many where a step of them is short)")  # fmt: skip
+    add("--threads", dest="threads", action="append", type=_integer("--threads"), metavar="N",
+        help="threads, and cores to hold the whole process to; may be given again (default: all cores that it "
+        "may use)")  # fmt: skip
+    add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[],
+        help="as for train; estimator=NAME picks one (default: both, where the preset has both)")  # fmt: skip
+    add("--seconds", default="0.25", metavar="S", help="seconds a figure and round, of five rounds")
+    add("--full-rank", action="store_true",
+        help="instead compare with full-rank evolution strategies: matrices for every member")  # fmt: skip
+    add("--host", action="store_true",
+        help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_bench)
+
+
+def _add_tokenizer(commands: Any, name: str, describe: bool) -> None:
+    group = commands.add_parser(
+        name, help="train, try and inspect tokenizers", description="Train, try and inspect tokenizers."
+    )
+    inner = group.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, function: Any, help: str, **options: Any) -> Any:
+        command = inner.add_parser(name, formatter_class=_Help, help=help, **options)
+        command.set_defaults(command=function, parser=command)
+        return command.add_argument
+
+    flag = add("train", _tokenizer_train, "make a tokenizer from text", description="Train a tokenizer of "
+        "SentencePiece that loses nothing: byte pieces, no normalisation.")  # fmt: skip
+    flag(
+        "--data",
+        action="append",
+        required=True,
+        metavar="CORPUS",
+        help="text, as for train; may be given again",
+    )
+    flag("--vocab", type=_integer("--vocab"), default=4096, metavar="N", help="tokens, from 512 to 65536")
+    flag("--model", default="unigram", metavar="KIND", help="bpe or unigram")
+    flag("--out", required=True, metavar="PATH", help="file to write, such as english.model")
+    flag("--text-field", default="text", metavar="FIELD", help="field of a JSON line with the text")
+    flag("--max-bytes", type=_integer("--max-bytes"), default=100_000_000, metavar="N",
+         help="bytes of text to read at most, from the first on; 0 takes all")  # fmt: skip
+    flag("--character-coverage", default="0.9995", metavar="X",
+         help="share of the text's characters that get pieces; the others are spelled in bytes")  # fmt: skip
+    model_help = "'bytes', a .model file of SentencePiece, or the directory of a run"
+    file_help = "file to read; - is standard input"
+    flag = add(
+        "encode", _tokenizer_encode, "text to token numbers", description="Encode a text, as one document."
+    )
+    flag("model", metavar="MODEL", help=model_help)
+    flag("file", metavar="FILE", nargs="?", default="-", help=file_help)
+    flag("--pieces", action="store_true", help="show pieces instead of numbers")
+    flag = add(
+        "decode", _tokenizer_decode, "token numbers to text", description="Decode numbers between spaces."
+    )
+    flag("model", metavar="MODEL", help=model_help)
+    flag("file", metavar="FILE", nargs="?", default="-", help=file_help)
+    flag = add("inspect", _tokenizer_inspect, "what a tokenizer is, and what it makes of a text",
+        description="Describe a tokenizer, and measure it on a text.")  # fmt: skip
+    flag("model", metavar="MODEL", help=model_help)
+    flag("--data", action="append", metavar="CORPUS", help="text to measure it on; may be given again")
+    flag("--text-field", default="text", metavar="FIELD", help="field of a JSON line with the text")
+    flag("--json", action="store_true", help="print JSON")
 
 
 def _add_engine(add: Any) -> None:
@@ -330,6 +438,19 @@ def _add_engine(add: Any) -> None:
         metavar="NAME",
         help="auto, native, xla or reference; all give the same bits",
     )
+    add("--threads", type=_integer("--threads"), metavar="N", default=argparse.SUPPRESS,
+        help="threads to compute with, from 1 to 1024; changes speed, never the result (default: one for each "
+        "core that the process may use)")  # fmt: skip
+
+
+def _use_threads(parsed: argparse.Namespace) -> int | None:
+    """The number asked for, which XLA is told before it starts; None where none is."""
+    if not hasattr(parsed, "threads"):
+        return None
+    from intlm.engine.engine import check_threads, limit_xla_threads
+
+    limit_xla_threads(check_threads(parsed.threads))
+    return int(parsed.threads)
 
 
 def _integer(flag: str) -> Any:
@@ -349,7 +470,9 @@ def _train(parsed: argparse.Namespace) -> int:
     from train.report import Report
 
     words = {name: value for name, value in vars(parsed).items() if name != "command"}
-    words["settings"] = tuple(words["settings"])
+    words["threads"] = _use_threads(parsed)
+    for name in ("settings", "data"):
+        words[name] = tuple(words[name])
     terminal = sys.stderr.isatty()
 
     def say(line: str) -> None:
@@ -359,13 +482,15 @@ def _train(parsed: argparse.Namespace) -> int:
     with StopSignal() as stop:
         job = prepare(Request(**words), say)
         config = job.config
+        _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"
         say(
             f"{verb} {job.run.directory}: {config.model.weights:,} weights, population "
             f"{config.eggroll.population:,}, segments of {config.eggroll.segment} tokens, engine "
-            f"{job.engine.name}; {sum(map(len, job.text.train)):,} bytes of text in {len(job.text.train):,} "
-            f"documents, {sum(map(len, job.text.held_out)):,} held out"
+            f"{job.engine.name}; {job.text}"
         )
+        for note in job.notes:
+            print(f"intlm: {note}", file=sys.stderr)
         if parsed.engine == "auto" and job.engine.name != "native":
             print(f"intlm: {why_not_fast()}", file=sys.stderr)
         if job.state.step >= config.steps:
@@ -373,7 +498,7 @@ def _train(parsed: argparse.Namespace) -> int:
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"
             )
             return DONE
-        with job.run.locked(), Report(job) as report:
+        with job.run.locked(), Report(job) as report, contextlib.closing(job.lanes):
             state = train(job, report, stop)
     left = f"{job.run.directory}: step {state.step} of {config.steps}"
     if state.step < config.steps:
@@ -407,10 +532,16 @@ def _sample(parsed: argparse.Namespace) -> int:
         fixed(parsed.min_p, 16, "--min-p", 1),
         parsed.seed,
     )
+    threads = _use_threads(parsed)
     prompt = _prompt(parsed)
     config, tokenizer, parameters, _ = load_model(*find_checkpoint(parsed.run))
-    engine = make_engine(parsed.engine, config.model, config.eggroll)
-    tokens = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)])
+    engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
+    encoded = tokenizer.encode(prompt)
+    if (encoded == tokenizer.unknown).any():
+        raise InputError(
+            f"--prompt: {_lacking(tokenizer, prompt)} is not in the run's tokenizer ({tokenizer.name})"
+        )
+    tokens = np.concatenate([[tokenizer.separator], encoded])
     sampler = Sampler(engine, config.model, parameters, sampling)
     drawn = sampler.tokens(tokens, parsed.count, parsed.tokens)
     if parsed.count == 1:
@@ -447,12 +578,43 @@ def _eval(parsed: argparse.Namespace) -> int:
     from train.job import load_model
     from train.run import find_checkpoint
 
+    threads = _use_threads(parsed)
     run, path = find_checkpoint(parsed.run)
     config, tokenizer, parameters, meta = load_model(run, path)
-    engine = make_engine(parsed.engine, config.model, config.eggroll)
+    engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
     data = getattr(parsed, "data", None)
-    result = evaluate(run.name, meta["step"], config, engine, parameters, tokenizer, data, meta["corpus"])
+    result = evaluate(
+        run.name, meta["step"], config, engine, parameters, tokenizer, data, run.fingerprints, meta["text"]
+    )
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
+    return DONE
+
+
+def _data(parsed: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from eval.survey import survey
+    from tokenizer import open_tokenizer
+    from train.config import TextConfig, resolve_config
+
+    corpora = tuple(parsed.corpora + parsed.data) or TextConfig().data
+    text = TextConfig(data=corpora, text_field=parsed.text_field, max_documents=parsed.max_documents)
+    tokenizer = open_tokenizer(parsed.tokenizer)
+    config = resolve_config(parsed.preset, parsed.settings, text, tokenizer.vocabulary)
+    hidden = not sys.stderr.isatty()
+    with tqdm(
+        unit="B", unit_scale=True, desc="reading", disable=hidden, dynamic_ncols=True, leave=False
+    ) as bar:
+        documents = 0
+
+        def progress(further: int, size: int) -> None:
+            nonlocal documents
+            documents += further
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            bar.update(size)
+
+        found = survey(text, tokenizer, parsed.preset, config.eggroll, progress)
+    _write((json.dumps(found.as_dict(), indent=2) if parsed.json else found.table()) + "\n")
     return DONE
 
 
@@ -481,24 +643,230 @@ def _audit(parsed: argparse.Namespace) -> int:
     return 1 if floats else DONE
 
 
-def _bench(parsed: argparse.Namespace) -> int:
-    from eval.throughput import measure, table
-    from intlm.engine.native import available_isas
+def _bench_data(parsed: argparse.Namespace) -> int:
+    from eval.loading import measure_loading, table
+    from tokenizer import open_tokenizer
     from train.config import TextConfig, resolve_config
 
-    config = resolve_config(parsed.preset, parsed.settings, TextConfig(), 256)
-    if not 0 <= parsed.seconds <= 3600:
-        raise InputError(f"--seconds {parsed.seconds}: must be from 0 to 3600")
-    engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
-    populations = parsed.populations or [config.eggroll.population]
+    tokenizer = open_tokenizer(parsed.tokenizer)
+    config = resolve_config("small", parsed.settings, TextConfig(), tokenizer.vocabulary)
 
     def say(line: str) -> None:
         if sys.stderr.isatty():
             print(line, file=sys.stderr)
 
-    results = measure(config.model, config.eggroll, engines, populations, parsed.seconds, say)
-    if parsed.json:
-        _write(json.dumps([result.as_dict() for result in results], indent=2) + "\n")
-    else:
-        _write(table(results) + "\n")
+    try:
+        results = measure_loading(tokenizer, config.eggroll, say)
+    except OSError as error:
+        raise InputError(f"the folder for temporary files: {error.strerror or error}") from error
+    _write(
+        (json.dumps([each.as_dict() for each in results], indent=2) if parsed.json else table(results)) + "\n"
+    )
     return DONE
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    if parsed.preset == "data":
+        return _bench_data(parsed)
+    from tqdm import tqdm
+
+    from eval.full_rank import compare
+    from eval.host import measure_host
+    from eval.throughput import count_of_figures, measure, table
+
+    if parsed.full_rank and parsed.host:
+        raise InputError("--full-rank and --host: give one of the two")
+    cases, config = _bench_cases(parsed)
+    seconds = _seconds(parsed.seconds)
+    count = len(cases) if parsed.host else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
+    with tqdm(total=count, unit="figure", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def progress(what: str) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update()
+
+        if parsed.host:
+            costs = []
+            for case in cases:
+                progress(f"training, {case.engine}, {case.config.estimator}")
+                settings = (*parsed.settings, f"estimator={case.config.estimator}",
+                            f"population={case.config.population}")  # fmt: skip
+                costs.append(measure_host(parsed.preset, settings, case, 16 * seconds))
+            found: list[Any] = costs
+            shown = "\n".join(cost.line() for cost in costs)
+        elif parsed.full_rank:
+            compared = [compare(config, case, seconds, progress) for case in cases]
+            found, shown = list(compared), "\n".join(each.lines() for each in compared)
+        else:
+            results = measure(config, cases, seconds, progress)
+            found, shown = list(results), table(results)
+    _write((json.dumps([each.as_dict() for each in found], indent=2) if parsed.json else shown) + "\n")
+    return DONE
+
+
+SHORT_STEP = 64 * 10**9
+"""Multiply-adds of a step, up to which `bench` adds larger populations by itself: seconds on a slow engine."""
+
+
+def _bench_cases(parsed: argparse.Namespace) -> tuple[list[Any], Any]:
+    """Every engine with every number of threads, estimator and population asked for; and the model."""
+    import dataclasses
+
+    from eval.throughput import Case, multiply_adds
+    from intlm.config import ESTIMATORS
+    from intlm.engine.engine import check_threads, usable_cores
+    from intlm.engine.native import available_isas
+    from train.config import TextConfig, resolve_config
+
+    def resolve(*settings: str) -> Any:
+        return resolve_config(parsed.preset, (*parsed.settings, *settings), TextConfig(), 256)
+
+    own = resolve()
+    configs = [own.eggroll]
+    chosen = any(setting.startswith("estimator=") for setting in parsed.settings)
+    for estimator in ESTIMATORS:
+        if estimator != own.eggroll.estimator and not chosen and not parsed.full_rank:
+            try:
+                configs.append(resolve(f"estimator={estimator}").eggroll)
+            except InputError:
+                continue  # a preset, or settings, that only the other one has
+    engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
+    if (parsed.full_rank or parsed.host) and not parsed.engines:
+        engines = engines[:1]
+    cases = []
+    for config in configs:
+        populations = parsed.populations
+        if not populations:
+            step = multiply_adds(own.model) * config.population * config.segment
+            more = () if parsed.full_rank or parsed.host else (4, 16)
+            populations = [
+                config.population * times for times in (1, *more) if times * step <= SHORT_STEP or times == 1
+            ]
+        for population in populations:
+            sized = dataclasses.replace(config, population=population, pairs_per_lane=1)
+            for engine in engines:
+                for threads in parsed.threads or [usable_cores()]:
+                    cases.append(Case(engine, check_threads(threads), sized))
+    return cases, own.model
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise InputError(f"--seconds {text}: must be a number from 0 to 3600")
+    return seconds
+
+
+def _lacking(tokenizer: Any, text: bytes) -> str:
+    """The first characters of `text` that the tokenizer cannot spell, quoted."""
+    tokens, lengths = tokenizer.encode_aligned(text)
+    place = int((tokens == tokenizer.unknown).argmax())
+    start = int(lengths[:place].sum())
+    return repr(text[start : start + int(lengths[place])].decode(errors="replace"))
+
+
+def _tell_loss(tokenizer: Any) -> None:
+    if tokenizer.loss:
+        print(f"intlm: the tokenizer ({tokenizer.name}) is not lossless: {tokenizer.loss}", file=sys.stderr)
+
+
+def _documents(parsed: argparse.Namespace) -> Any:
+    """The documents of all --data, one corpus after another."""
+    from itertools import chain
+
+    from train.corpus import open_corpus
+
+    corpora = [open_corpus(name, parsed.text_field, "--data") for name in parsed.data]
+    return chain.from_iterable(corpus.documents() for corpus in corpora)
+
+
+def _tokenizer_train(parsed: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from intlm.checkpoint import replace_file
+    from tokenizer.trainer import train
+
+    out = Path(parsed.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(
+            f"--out {out}: {'is a directory' if out.is_dir() else 'its directory does not exist'}"
+        )
+    try:
+        coverage = float(parsed.character_coverage)
+    except ValueError:
+        raise InputError(f"--character-coverage {parsed.character_coverage}: expected a number") from None
+    documents = _documents(parsed)
+    terminal = sys.stderr.isatty()
+    with tqdm(unit="B", unit_scale=True, desc="reading", disable=not terminal, dynamic_ncols=True) as bar:
+        made = train(
+            documents,
+            parsed.vocab,
+            parsed.model,
+            parsed.max_bytes,
+            coverage,
+            lambda read: bar.update(read - bar.n),
+            lambda line: bar.write(line, file=sys.stderr) if terminal else None,
+        )
+    replace_file(out, [made.model])
+    skipped = [f"{count:,} {why}" for why, count in sorted(made.skipped.items())]
+    ends = f" (stopped at --max-bytes {parsed.max_bytes:,})" if made.stopped else ""
+    _write(
+        f"{out}: {parsed.model}, {parsed.vocab} tokens; read {made.read:,} bytes in {made.documents:,} "
+        f"documents{ends}; used {made.used:,}, skipped {', '.join(skipped) or 'none'}\n"
+    )
+    return DONE
+
+
+def _tokenizer_encode(parsed: argparse.Namespace) -> int:
+    from tokenizer import open_tokenizer
+    from tokenizer.inspection import shown
+
+    tokenizer = open_tokenizer(parsed.model, "MODEL")
+    tokens = tokenizer.encode(_read(parsed.file)).tolist()
+    _tell_loss(tokenizer)
+    _write(" ".join(shown(tokenizer, token) if parsed.pieces else str(token) for token in tokens) + "\n")
+    return DONE
+
+
+def _tokenizer_decode(parsed: argparse.Namespace) -> int:
+    from tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(parsed.model, "MODEL")
+    numbers = []
+    for place, word in enumerate(_read(parsed.file).split(), 1):
+        if not word.isdigit() or len(word) > 9 or int(word) >= tokenizer.vocabulary:
+            said = repr(word[:40].decode(errors="replace"))
+            raise InputError(
+                f"FILE: word {place}, {said}, is no token (accepted: 0 to {tokenizer.vocabulary - 1})"
+            )
+        numbers.append(int(word))
+    text = tokenizer.decode(numbers)
+    sys.stdout.flush()
+    try:
+        sys.stdout.buffer.write(text)
+    except OSError as error:
+        raise InputError(f"standard output: {error.strerror or error}") from error
+    _write("")
+    return DONE
+
+
+def _tokenizer_inspect(parsed: argparse.Namespace) -> int:
+    from tokenizer import open_tokenizer
+    from tokenizer.inspection import inspect
+
+    found = inspect(open_tokenizer(parsed.model, "MODEL"), _documents(parsed) if parsed.data else None)
+    text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if parsed.json else found.table()
+    _write(text + "\n")
+    return DONE
+
+
+def _read(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise InputError(f"FILE {name}: {error.strerror or error}") from error

@@ -24,6 +24,9 @@ Statistics = dict[str, Array]
 `difference` (sum of |d|), `ties` (pairs, or tokens of pairs, with d = 0), `saturated` (factors at +-127),
 `seen` (rows of the embedding seen, summed over pairs), and `square` or `square.<parameter>`."""
 
+SCORE_STATISTICS = ("score", "difference", "ties")
+"""The statistics that members' scores give without votes."""
+
 Scales = dict[str, Array]
 """int32: `difference` (mean |d| of the step before; estimator `weight`) or `shift.<parameter>`."""
 
@@ -261,10 +264,13 @@ def first_step_size(config: EggrollConfig, model: ModelConfig, steps: int) -> in
 def schedule(config: EggrollConfig, model: ModelConfig, step: int, steps: int) -> tuple[int, int]:
     """(step size in 2**-16 of an int8 weight step, threshold quantile in Q8) at a step of a run of `steps`.
 
-    The step size, and the threshold update's alpha, fall linearly to 0 over the run.
+    The step size, and the threshold update's alpha, fall linearly to 0 over the run. The update `linear` has no
+    quantile: it gets 0.
     """
     left = max(0, steps - step)
     size = first_step_size(config, model, steps) * left // steps
+    if config.update == "linear":
+        return size, 0
     return size, fixedpoint.normal_tail_quantile(config.alpha * left // steps)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from intlm import eggroll, model, noise
 from intlm.config import EggrollConfig, ModelConfig
-from intlm.eggroll import Scales, Statistics
+from intlm.eggroll import Scales, Statistics, Votes
 from intlm.engine.engine import Engine
 from intlm.fixedpoint import Array
 
@@ -50,31 +50,66 @@ def zeros(model_config: ModelConfig, config: EggrollConfig) -> EvolutionState:
 
 
 class Evolution:
-    """Steps a state through a run of `steps` steps on an engine."""
+    """Steps a state through a run of `steps` steps on an engine. `advance` is the part after the evaluation."""
 
     def __init__(self, engine: Engine, model_config: ModelConfig, config: EggrollConfig, steps: int):
         self.engine, self.model, self.config, self.steps = engine, model_config, config, steps
         self._root = noise.seed_key(config.seed)
-        self.parameters = engine.compile(model.parameters)
-        self._update = engine.compile(lambda *values: eggroll.update(config, model_config, *values))
+        self._parameters = engine.compile(model.parameters)
         self._next_scales = engine.compile(lambda *values: eggroll.next_scales(config, model_config, *values))
+        self.advance = engine.compile(self._after_evaluation)
+        self._weights_of: tuple[dict[str, Array], model.Parameters] | None = None
+        self._next_key: tuple[int, Array] | None = None
+
+    def parameters(self, masters: dict[str, Array], head_bias: Array) -> model.Parameters:
+        """The int8 weights of `masters`, and the head bias: made with the masters, where a step made those."""
+        if self._weights_of is None or self._weights_of[0] is not masters:
+            self._weights_of = masters, self._parameters(masters, head_bias)
+        return self._weights_of[1]
 
     def step(self, state: EvolutionState, tokens_LxT1: np.ndarray) -> tuple[EvolutionState, Statistics]:
         """One step on one segment of every lane: int32 [lanes, T + 1].
 
         The statistics may still be on their way from the device; reading them waits for the step.
         """
-        tokens = np.repeat(tokens_LxT1, self.config.pairs_per_lane, axis=0)
-        key = eggroll.step_key(self._root, np.uint32(state.step))
-        parameters = self.parameters(state.masters, state.head_bias)
+        tokens = tokens_LxT1
+        if self.config.pairs_per_lane > 1:
+            tokens = np.repeat(tokens_LxT1, self.config.pairs_per_lane, axis=0)
+        if self._next_key is None or self._next_key[0] != state.step:
+            self._next_key = state.step, eggroll.step_key(self._root, np.uint32(state.step))
+        key, parameters = self._next_key[1], self.parameters(state.masters, state.head_bias)
         scales = state.scales if state.step else self._measure(state, parameters, key, tokens)
         votes, statistics, recurrent = self.engine.population_step(
             parameters, key, scales, tokens, state.recurrent
         )
         size, quantile = eggroll.schedule(self.config, self.model, state.step, self.steps)
-        masters = self._update(state.masters, votes, statistics, np.int64(size), np.int64(quantile))
-        scales = self._next_scales(scales, statistics)
-        return EvolutionState(masters, state.head_bias, recurrent, scales, state.step + 1), statistics
+        step = state.step + 1
+        masters, scales, parameters, key = self.advance(
+            state.masters, state.head_bias, votes, statistics, scales, np.int64(size), np.int64(quantile),
+            self._root, np.uint32(step),
+        )  # fmt: skip
+        self._weights_of, self._next_key = (masters, parameters), (step, key)
+        return EvolutionState(masters, state.head_bias, recurrent, scales, step), statistics
+
+    def _after_evaluation(
+        self,
+        masters: dict[str, Array],
+        head_bias: Array,
+        votes: Votes,
+        statistics: Statistics,
+        scales: Scales,
+        step_size: Array,
+        quantile: Array,
+        root: Array,
+        step: Array,
+    ) -> tuple[dict[str, Array], Scales, model.Parameters, Array]:
+        """All that lies between two evaluations, in one call: at small sizes calls cost more than arithmetic.
+
+        Returns the masters and scales after the step, and the weights and the key that step number `step` uses.
+        """
+        updated = eggroll.update(self.config, self.model, masters, votes, statistics, step_size, quantile)
+        scales = eggroll.next_scales(self.config, self.model, scales, statistics)
+        return updated, scales, model.parameters(updated, head_bias), eggroll.step_key(root, step)
 
     def _measure(self, state: EvolutionState, parameters: Array, key: Array, tokens: np.ndarray) -> Scales:
         """Scales for the first step: from evaluations of its own segment that change nothing else."""

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from intlm import fixedpoint, model
+from train.corpus import Corpus
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -93,3 +94,20 @@ def digest(tree):
 def assert_digest(tree, expected, what):
     found = digest(tree)
     assert found == expected, REGENERATE.format(what=what, digest=found)
+
+
+class ListCorpus(Corpus):
+    """A corpus in memory, which counts how often it was opened."""
+
+    def __init__(self, documents, name="list"):
+        self.name = name
+        self.items = list(documents)
+        self.opened = 0
+
+    def read(self, cursor):
+        self.opened += 1
+        for number in range(cursor.get("number", 0), len(self.items)):
+            yield self.items[number], {"number": number + 1}
+
+    def fingerprint(self):
+        return {"documents": len(self.items)}

@@ -1,6 +1,7 @@
 """Bad input: one line that names what is wrong and what is accepted, exit code 2, nothing on disk touched."""
 
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -45,6 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no_json.jsonl": b"nope\n",
         "no_field.jsonl": b'{"body": "x"}\n',
         "number.jsonl": b'{"text": 5}\n',
+        "broken.parquet": b"PAR1 and no more",
+        "broken.arrow": b"no Arrow",
+        "broken.jsonl.gz": gzip.compress(b'{"text": "fine"}\n')[:-4],
     }.items():
         (home / name).write_bytes(content)
     (home / "empty").mkdir()
@@ -106,6 +110,11 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
     (["trian"], "command: unknown 'trian'; did you mean 'train'? (accepted: audit"),
     (["train", "tini"], "preset: unknown 'tini'; did you mean 'tiny'?"),
     (["train", "tiny", "tiny"], "one argument too many: 'tiny'"),
+    ([*NEW, "--threads", "0"], "--threads 0: must be from 1 to 1024"),
+    ([*NEW, "--threads", "1025"], "--threads 1025: must be from 1 to 1024"),
+    ([*NEW, "--threads", "two"], "--threads two: expected an integer"),
+    ([*SAMPLE, "--threads", "-1"], "--threads -1: must be from 1 to 1024"),
+    (["eval", "good", "--threads", "0"], "--threads 0: must be from 1 to 1024"),
     (["train", "--step", "5"], "flag: unknown '--step'; did you mean '--steps'?"),
     (["sample", "good", "--temprature=1"], "flag: unknown '--temprature'; did you mean '--temperature'?"),
     (["train", "--steps"], "--steps: expected one argument"),
@@ -128,11 +137,25 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
     ([*NEW, "--data", "no_field.jsonl"], "line 1: no field 'text' (the fields are: 'body')"),
     ([*NEW, "--data", "no_field.jsonl", "--text-field", "bodi"], "no field 'bodi'"),
     ([*NEW, "--data", "number.jsonl"], "field 'text' is of type int (accepted: a string)"),
-    ([*NEW, "--data", "short.txt"], "--data: too short to hold out text: 2 bytes"),
-    (
-        [*NEW, "--data", "short.txt", "--held-out", "text.txt"],
-        "--data short.txt: the text is too short: 3 tok",
+    ([*NEW, "--data", "broken.parquet"], "--data: 'broken.parquet' row 1: damaged Parquet: "),
+    ([*NEW, "--data", "broken.arrow"], "--data: 'broken.arrow' record batch 1 row 1: damaged Arrow: "),
+    ([*NEW, "--data", "broken.jsonl.gz"], "--data: 'broken.jsonl.gz' line 2: damaged gz: "),
+    ([*NEW, "--data", "http://"], "--data: 'http://' is no URL (accepted: http://HOST/FILE"),
+    ([*NEW, "--data", "hf:"], "--data: 'hf:': is no dataset (accepted: hf:NAME[:CONFIG[:SPLIT]][@REVISION])"),
+    ([*NEW, "--data", "short.txt"], "--data: 'short.txt' is too short to hold out text: 2"),
+    ([*NEW, "--data", "text.txt=3"], "--data text.txt: given twice (give it a weight instead, text.txt=2)"),
+    *(
+        (
+            [*NEW, "--data", f"latin.jsonl={weight}"],
+            f"--data latin.jsonl={weight}: the weight {weight} must be an",
+        )
+        for weight in ("0", "-1", "+1", "1.5", ".5", "1e3", "1000001", "9" * 5000, "٣1", "1_0")
     ),
+    ([*NEW, "--data", "nowhere=2"], "--data: 'nowhere' does not exist"),
+    ([*NEW, "--data", "nowhere=2=1"], "--data: 'nowhere=2' does not exist"),
+    ([*NEW, "--data", "=2"], "--data: the name is empty"),
+    ([*NEW, "--max-documents", "-1"], "--max-documents -1: must be 0 or more"),
+    ([*NEW, "--max-documents", "many"], "--max-documents many: expected an integer"),
     ([*NEW, "--held-out", "empty.txt"], "--held-out: 'empty.txt' is empty"),
     ([*NEW, "--held-out", "zeros.txt"], "the held-out text is nothing but separators"),
     ([*NEW, "--held-out", "nowhere"], "--held-out: 'nowhere' does not exist"),
@@ -188,7 +211,8 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
     ),
     ([*GOOD[:-2], "--steps", "3", "--run", "good"], "steps: run has 2, command line says 3"),
     (["train", "--run", "good", "--minutes", "3"], 'minutes: run has "", command line says "3"'),
-    ([*GOOD, "--data", "short.txt"], 'text.data: run has "text.txt", command line says "short.txt"'),
+    ([*GOOD, "--data", "a"], 'text.data: run has ["text.txt"], command line says ["text.txt", "a"]'),
+    ([*GOOD, "--max-documents", "9"], "text.max_documents: run has 0, command line says 9"),
     # sample
     *(
         ([*SAMPLE, flag, value], f"{flag} {value}: {expected}")
@@ -337,13 +361,13 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
         "was written with another tokenizer than the run's (bytes)",
     ),
     (lambda path: rewrite(path, lambda saved: saved.meta.clear()), "another tokenizer"),
-    (lambda path: rewrite(path, lambda saved: saved.meta.pop("config")), "its meta lacks the configuration"),
+    (lambda path: rewrite(path, lambda saved: saved.meta.pop("config")), "its meta lacks the config"),
     (lambda path: rewrite(path, lambda saved: saved.meta.update(config=[1])), "its meta lacks the config"),
-    (lambda path: rewrite(path, lambda saved: saved.meta.pop("corpus")), "the digest of the corpus"),
+    (lambda path: rewrite(path, lambda saved: saved.meta.pop("text")), "its meta lacks the text"),
     (lambda path: rewrite(path, lambda saved: saved.meta.pop("step")), "its step, None, is no count"),
     (
         lambda path: rewrite(path, lambda saved: saved.meta.update(position=-1)),
-        "its position, -1, is no count",
+        "its meta lacks the position",
     ),
     (
         lambda path: rewrite(path, lambda saved: saved.arrays.pop("head_bias")),
@@ -400,12 +424,64 @@ def test_a_damaged_metrics_file(copy: Path, capsys: pytest.CaptureFixture[str]) 
     assert "metrics.jsonl: line 1 is damaged" in refused(capsys, GOOD)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"column": 256}, "column: 256 (accepted: 0 to 255)"),
+        ({"column": -1}, "column: -1 (accepted: 0 or more)"),
+        ({"offset": None}, "position is damaged"),
+        ({"sources": []}, "no place in the text: "),
+        ({"sources": [{}]}, "no place in the text: a place has other keys"),
+        ({"sources": 3}, "no place in the text: "),
+    ],
+)
+def test_a_damaged_position(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: dict, expected: str
+) -> None:
+    rewrite(copy / LAST, lambda saved: saved.meta["position"].update(change))
+    line = refused(capsys, GOOD)
+    assert f"{LAST}: its position is damaged: " in line
+    assert expected in line
+
+
 def test_a_changed_corpus(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copy / "text.txt").write_text(words(3))
-    assert "--data text.txt: the text has changed since" in refused(capsys, GOOD)
-    assert "text.txt: the text has changed since the run good" in refused(
-        capsys, ["eval", "good", *SMALL[:2]]
+    text = (copy / "text.txt").read_text()
+    changed = (
+        f"--data text.txt: the text has changed (files.text.txt.bytes: was {len(text)}, is {len(text) + 1}"
     )
+    (copy / "text.txt").write_text(text + "!")
+    line = refused(capsys, GOOD)
+    assert changed in line
+    assert f"since {LAST} was written; restore it, go on all the same with --accept-changed-data, or" in line
+    line = refused(capsys, ["eval", "good", *SMALL[:2]])
+    assert changed in line
+    assert "since the run good was trained; restore it, or name another with --data" in line
+    # Accepted once, and said once.
+    assert main([*GOOD, "--accept-changed-data"]) == 0
+    assert f"intlm: {changed}" in capsys.readouterr().err
+    assert (
+        json.loads((copy / "runs/good/data.json").read_bytes())["text.txt"]["files"]["text.txt"]["bytes"]
+        == len(text) + 1
+    )
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_a_run_that_does_not_know_its_corpus(
+    copy: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    (copy / "runs/good/data.json").unlink()
+    if content is not None:
+        (copy / "runs/good/data.json").write_text(content)
+    for command in (GOOD, ["eval", "good"]):
+        assert "--data: the text may have changed (data.json of the run is" in refused(capsys, command)
+
+
+def test_a_changed_held_out_corpus(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "other.txt").write_text(words(4))
+    assert main([*TRAIN, "--run", "other", "--held-out", "other.txt"]) == 0
+    (copy / "other.txt").write_text(words(5))
+    for command in (["train", "--run", "other"], ["eval", "other", *SMALL[:2]]):
+        assert "--held-out: the text has changed since" in refused(capsys, command)
 
 
 def test_a_run_without_a_checkpoint(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

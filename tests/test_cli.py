@@ -94,6 +94,7 @@ def test_a_run_on_disk(home: Path) -> None:
         "baselines.json",
         "checkpoints",
         "config.json",
+        "data.json",
         "metrics.jsonl",
         "tensorboard",
         "tokenizer.json",
@@ -220,6 +221,13 @@ def test_a_run_that_was_stopped_before_its_first_step(home: Path, delay: float) 
 def test_chunks_change_no_bit(home: Path, short: bytes, chunk: str) -> None:
     run(home, *SHORT, *REFERENCE, "--chunk", chunk, "--run", f"chunk{chunk}")
     assert last(home, f"chunk{chunk}") == short
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_threads_change_no_bit(home: Path, short: bytes, threads: str) -> None:
+    engine = ["--engine", "native" if available_isas() else "xla"]
+    run(home, *SHORT, *engine, "--threads", threads, "--run", f"threads{threads}")
+    assert last(home, f"threads{threads}") == short
 
 
 def test_engines_agree(home: Path, short: bytes) -> None:
@@ -385,7 +393,7 @@ def test_audit_of_a_run(home: Path) -> None:
     assert sum(operation["count"] for operation in result["operations"]) > 1000
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["eval"], ["audit"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["eval"], ["data"], ["audit"], ["bench"]])
 def test_help(home: Path, command: list[str]) -> None:
     text = run(home, *command, "--help").decode()
     assert text.startswith("usage: intlm")

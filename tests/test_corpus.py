@@ -3,18 +3,12 @@ import re
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intlm.errors import InputError
-from tokenizer import ByteTokenizer
-from train import corpus
-from train.corpus import cut, digest, open_corpus, pack, shuffle, split
-
-documents_of = st.lists(st.binary(min_size=1, max_size=20), min_size=2, max_size=80)
-unequal_documents = documents_of.filter(lambda documents: len(set(documents)) > 1)
+from train.corpus import cut, open_corpus
 
 
 def read(path, **options):
@@ -148,7 +142,7 @@ def test_a_near_miss_of_stdlib_gets_a_hint(name):
 def test_no_files(tmp_path):
     (tmp_path / "picture.jpg").touch()
     with pytest.raises(
-        InputError, match=r"^--data: no text in directory '.*' \(looked for \.jsonl .* \.txt\)$"
+        InputError, match=r"^--data: no text in directory '.*' \(looked for \.arrow .* \.txt, with .* too\)$"
     ):
         open_corpus(str(tmp_path))
     with pytest.raises(InputError, match=r"^--data: no file matches '.*\*\.txt'$"):
@@ -187,78 +181,6 @@ def test_unreadable_directory(tmp_path, monkeypatch):
         open_corpus(str(tmp_path))
 
 
-# Split
-
-
-def assert_is_split(documents, train, held_out):
-    assert train and held_out
-    assert not set(train) & set(held_out)
-    assert sorted(train + held_out) == sorted(documents)
-
-
-@settings(deadline=None)
-@given(unequal_documents, st.randoms(use_true_random=False))
-def test_split_covers_everything_whatever_the_order(documents, random):
-    train, held_out = split(documents)
-    assert_is_split(documents, train, held_out)
-    random.shuffle(documents)
-    again = split(documents)
-    assert [sorted(train), sorted(held_out)] == [sorted(side) for side in again]
-
-
-def test_split_holds_out_one_in_32_and_keeps_the_order():
-    documents = [b"document %d" % number for number in range(6400)]
-    train, held_out = split(documents)
-    assert_is_split(documents, train, held_out)
-    assert 150 < len(held_out) < 250
-    assert train == [document for document in documents if document not in held_out]
-
-
-def test_split_of_a_longer_corpus_keeps_each_document_where_it_was():
-    documents = [b"document %d" % number for number in range(640)]
-    longer = [*documents, *(b"more %d" % number for number in range(640))]
-    assert set(split(documents)[1]) <= set(split(longer)[1])
-
-
-def test_a_single_file_gets_a_held_out_part():
-    text = b"".join(b"line %d\n" % number for number in range(20_000))
-    train, held_out = split([text])
-    blocks = cut(text, len(text) // 256)
-    assert_is_split(blocks, train, held_out)
-    assert 256 <= len(blocks) <= 260
-
-
-def test_copies_of_one_document_are_cut_too():
-    text = b"".join(b"line %d\n" % number for number in range(200))
-    train, held_out = split([text] * 40)
-    assert_is_split(cut(text, 512) * 40, train, held_out)
-
-
-@pytest.mark.parametrize(("low_bits", "expected"), [(1, "held out"), (32, "train")])
-def test_a_side_left_empty_gets_the_document_with_the_smallest_hash(monkeypatch, low_bits, expected):
-    # A stand-in hash whose first 8 bytes, modulo 32, send every document to the same side.
-    monkeypatch.setattr(corpus, "_hash", lambda content: bytes(7) + bytes([low_bits]) + content)
-    documents = [b"%02d" % number for number in range(39, -1, -1)]
-    train, held_out = split([*documents, b"00"])
-    assert_is_split([*documents, b"00"], train, held_out)
-    assert (held_out if expected == "held out" else train) == [b"00", b"00"]
-
-
-@pytest.mark.parametrize(
-    ("documents", "found"),
-    [
-        ([], "0 bytes make 0 block"),
-        ([b"", b"a"], "1 bytes make 1 block"),
-        ([b"a"] * 50, "50 bytes make 1 block"),
-    ],
-)
-def test_too_short_to_split(documents, found):
-    with pytest.raises(
-        InputError, match=rf"^--text: too short to hold out text: {found} of different text \("
-    ):
-        split(documents, flag="--text")
-
-
 # Blocks
 
 
@@ -283,44 +205,3 @@ def test_blocks_of_any_bytes_join_to_them(document, size):
 def test_blocks_end_at_line_ends():
     assert cut(b"ab\ncd\nefghijkl\n\n", 7) == [b"ab\ncd\n", b"efghijk", b"l\n\n"]
     assert cut(b"\x80" * 9, 4) == [b"\x80" * 4, b"\x80" * 4, b"\x80"]
-
-
-# Order and digest
-
-
-@settings(deadline=None)
-@given(documents_of, st.integers(0, 2**64 - 1), st.randoms(use_true_random=False))
-def test_shuffle_depends_on_seed_and_contents_alone(documents, seed, random):
-    shuffled = shuffle(documents, seed)
-    assert sorted(shuffled) == sorted(documents)
-    random.shuffle(documents)
-    assert shuffle(documents, seed) == shuffled
-
-
-def test_shuffle_is_pinned():
-    # A change here would give every run another order of documents.
-    assert b"".join(shuffle([b"a", b"b", b"c", b"d"], 0)) == b"cabd"
-    assert b"".join(shuffle([b"a", b"b", b"c", b"d"], 1)) == b"bdca"
-
-
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_shuffle_refuses_a_seed(seed):
-    with pytest.raises(InputError, match=rf"^--seed: {seed} \(accepted: 0 to 2\^64 - 1\)$"):
-        shuffle([b"a"], seed)
-
-
-def test_digest_notices_any_change():
-    digests = {digest(d) for d in [[], [b""], [b"ab"], [b"a", b"b"], [b"b", b"a"], [b"a", b"b", b"b"]]}
-    assert len(digests) == 6
-    assert digest(iter([b"a", b"b"])) == digest([b"a", b"b"])
-
-
-# Packing
-
-
-@settings(deadline=None)
-@given(st.lists(st.binary(max_size=20)))
-def test_pack_opens_each_document_with_a_separator(documents):
-    stream = pack(documents, ByteTokenizer())
-    assert stream.dtype == np.uint8 and stream.ndim == 1
-    assert stream.tobytes() == b"".join(b"\0" + document for document in documents)

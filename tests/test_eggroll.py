@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -370,12 +371,13 @@ def test_where_fitness_is_chance_a_master_moves_by_the_step_size(name):
 
 @pytest.mark.parametrize("steps", [1, 3, 1000])
 def test_the_schedule_falls_linearly_to_zero(steps):
-    config = EggrollConfig(step_size=154, alpha=3277)
+    config = EggrollConfig(step_size=154, alpha=3277, update="threshold")
     for step in {0, 1, 2, steps // 2, steps - 1, steps, steps + 5}:
         left = max(0, steps - step)
         size, quantile = eggroll.schedule(config, SMALL, step, steps)
         assert size == 154 * 256 * left // steps
         assert quantile == fixedpoint.normal_tail_quantile(3277 * left // steps)
+        assert eggroll.schedule(replace(config, update="linear"), SMALL, step, steps) == (size, 0)
     assert eggroll.schedule(config, SMALL, 0, steps)[0] == 154 << 8
     assert eggroll.schedule(config, SMALL, steps, steps) == (0, 1152)
 

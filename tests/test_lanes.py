@@ -1,110 +1,251 @@
-from fractions import Fraction
+"""Lanes: the tokens of every step, whatever was interrupted, and whatever the thread ahead of them does."""
+
+import json
+import threading
+import time
 
 import numpy as np
 import pytest
+from helpers import ListCorpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intlm.errors import InputError
+from tokenizer import ByteTokenizer
 from train import lanes as lanes_module
-from train.lanes import Lanes
+from train import stream as stream_module
+from train.lanes import Lanes, segments_of
+from train.stream import Place, Source, Stream
 
 
-def slow_segment(stream, lanes, segment, position):
-    size = len(stream)
-    rows = [
-        [stream[(lane * size // lanes + position + step) % size] for step in range(segment + 1)]
-        for lane in range(lanes)
-    ]
-    return np.array(rows)
+class Wide:
+    """A tokenizer with more than 256 tokens, of which one stands for several bytes; and the empty text."""
+
+    separator = 999
+
+    def encode(self, text):
+        return np.array([2 * byte + 1 for byte in text if byte % 3], np.uint16)
 
 
-@st.composite
-def layouts(draw):
-    segment = draw(st.integers(1, 9))
-    size = draw(st.integers(segment + 1, 300))
-    stream = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-    return stream, draw(st.integers(1, 12)), segment
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_module, "WINDOW_BYTES", 60)
+        patch.setattr(stream_module, "FRAGMENT_BYTES", 7)
+        patch.setattr(lanes_module, "CHUNK_TOKENS", 200)
+        patch.setattr(lanes_module, "MOST_SEGMENTS", 7)
+        patch.setattr(lanes_module, "POLL_SECONDS", 0.001)
+        yield
 
 
-@settings(deadline=None)
-@given(layouts(), st.integers(0, 10**20), st.integers(1, 150))
-def test_segments_are_the_circle_read_from_each_start(layout, position, steps):
-    stream, count, segment = layout
-    lanes = Lanes(stream, count, segment, position=position)
-    for _ in range(steps):
+def make_stream(mixture, seed, places=None):
+    places = [Place() for _ in mixture] if places is None else [Place.from_dict(place) for place in places]
+    return Stream(
+        [
+            Source(ListCorpus(documents), seed, weight, block=9, place=place)
+            for (documents, weight), place in zip(mixture, places, strict=True)
+        ]
+    )
+
+
+def make_lanes(mixture, seed, tokenizer, count, segment, position=None):
+    position = position or {"sources": None, "offset": 0, "column": 0}
+    stream = make_stream(mixture, seed, position["sources"])
+    return Lanes(stream, tokenizer, count, segment, position["offset"], position["column"])
+
+
+def slow_segments(mixture, seed, tokenizer, count, segment, steps):
+    """The segments as the documentation has them."""
+    stream, tokens = make_stream(mixture, seed), []
+    width = segments_of(count, segment) * segment
+    chunks = -(-steps * segment // width)
+    while len(tokens) <= chunks * count * width:
+        text, opens = stream.fragment()
+        tokens += [tokenizer.separator] * opens + list(tokenizer.encode(text))
+        stream.advance()
+    for step in range(steps):
+        chunk, column = divmod(step * segment, width)
+        starts = [(chunk * count + lane) * width + column for lane in range(count)]
+        yield np.array([tokens[start : start + segment + 1] for start in starts])
+
+
+documents_of = st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=12)
+layouts = st.tuples(
+    st.lists(st.tuples(documents_of, st.integers(1, 4)), min_size=1, max_size=3),
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([ByteTokenizer(), Wide()]),
+    st.integers(1, 12),
+    st.integers(1, 9),
+)
+
+
+@given(layouts, st.integers(1, 40))
+def test_segments_are_the_stream_read_in_spans(layout, steps):
+    lanes = make_lanes(*layout)
+    for expected in slow_segments(*layout, steps):
         tokens = lanes.next_segment()
-        assert tokens.dtype == np.int32 and tokens.shape == (count, segment + 1)
-        np.testing.assert_array_equal(tokens, slow_segment(stream, count, segment, position))
-        position += segment
-        assert lanes.position == position
+        assert tokens.dtype == np.int32
+        np.testing.assert_array_equal(tokens, expected)
 
 
-@settings(deadline=None)
-@given(layouts(), st.lists(st.integers(0, 80), max_size=6))
+@settings(max_examples=60)
+@given(layouts, st.lists(st.tuples(st.integers(0, 25), st.booleans()), max_size=5))
 def test_runs_that_are_killed_and_resumed_read_the_same_tokens(layout, runs):
-    undisturbed = Lanes(*layout)
-    position = 0
-    for steps in runs:
-        resumed = Lanes(*layout, position=position)
+    undisturbed, position = make_lanes(*layout), None
+    for steps, waits in runs:
+        resumed = make_lanes(*layout, position)
         for _ in range(steps):
+            assert not waits or resumed.wait(lambda: False)
             np.testing.assert_array_equal(resumed.next_segment(), undisturbed.next_segment())
-        position = resumed.position
+        position = json.loads(json.dumps(resumed.position))
+        assert position == undisturbed.position
+        assert not steps or resumed.progress() == undisturbed.progress()
+        resumed.close()
 
 
-@settings(deadline=None)
-@given(layouts(), st.integers(1, 9))
-def test_another_segment_length_goes_on_with_the_next_token(layout, other):
-    stream, count, segment = layout
-    first = Lanes(stream, count, segment)
-    last = first.next_segment()[:, -1]
-    other = min(other, len(stream) - 1)
-    following = Lanes(stream, count, other, position=first.position).next_segment()
-    np.testing.assert_array_equal(following[:, 0], last)
+@settings(max_examples=20)
+@given(layouts)
+def test_positions_are_of_one_size(layout):
+    lanes = make_lanes(*layout)
+    sizes = set()
+    for _ in range(30):
+        lanes.next_segment()
+        sizes.add(len(json.dumps(lanes.position)))
+    assert max(sizes) < 250 * len(layout[0])
 
 
-def test_targets_are_the_inputs_shifted_and_segments_overlap_by_one():
-    lanes = Lanes(np.arange(10), lanes=2, segment=4)
-    assert lanes.next_segment().tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    assert lanes.next_segment().tolist() == [[4, 5, 6, 7, 8], [9, 0, 1, 2, 3]]
+def test_a_small_example():
+    lanes = make_lanes([([b"abcdefg"], 1)], 0, ByteTokenizer(), 2, 4)
+    assert segments_of(2, 4) == 7
+    spans = np.frombuffer((b"\0abcdefg" * 8)[:57], np.uint8)
+    for step in range(7):
+        first = 4 * step
+        expected = [spans[first : first + 5], spans[28 + first : 33 + first]]
+        np.testing.assert_array_equal(lanes.next_segment(), expected)
+    # The last target of a chunk is the first input of the next.
+    assert lanes.next_segment()[0, 0] == spans[56]
+    assert lanes.position["column"] == 1
+    assert lanes.epochs() == {"list": 7}
+    assert lanes.progress() == {"documents": 8, "text_bytes": 7 * 8}
 
 
-def test_lanes_read_the_stream_once_in_an_epoch():
-    lanes = Lanes(np.arange(12), lanes=3, segment=2)
-    seen = [lanes.next_segment()[:, :-1] for _ in range(2)]
-    assert sorted(np.concatenate(seen, axis=1).ravel()) == list(range(12))
-    assert lanes.epoch == 1
-    lanes.next_segment()
-    assert lanes.epoch == Fraction(3, 2) and float(lanes.epoch) == 1.5
+def test_chunks_are_bounded():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes_module, "CHUNK_TOKENS", 1 << 22)
+        patch.setattr(lanes_module, "MOST_SEGMENTS", 256)
+        assert segments_of(8, 16) == 256
+        assert segments_of(512, 32) == 256
+        assert segments_of(2048, 32) == 64
+        assert segments_of(1 << 19, 32) == 4
 
 
-def test_there_may_be_more_lanes_than_tokens():
-    lanes = Lanes(np.arange(3), lanes=7, segment=2)
-    assert lanes.next_segment()[:, 0].tolist() == [0, 0, 0, 1, 1, 2, 2]
+def test_what_is_kept_is_small_for_half_a_million_lanes(monkeypatch):
+    """524,288 lanes (population 1,048,576) of 16 tokens: chunks of 32 MiB, one in use and one ahead."""
+    import tracemalloc
+
+    monkeypatch.setattr(lanes_module, "CHUNK_TOKENS", 1 << 22)
+    monkeypatch.setattr(stream_module, "WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(stream_module, "FRAGMENT_BYTES", 1 << 20)
+    corpus = ListCorpus([b"%06d" % number * 50_000 for number in range(4)])
+    tracemalloc.start()
+    lanes = Lanes(Stream([Source(corpus, 0)]), ByteTokenizer(), 1 << 19, 16)
+    for _ in range(5):
+        assert lanes.next_segment().shape == (1 << 19, 17)
+    lanes.close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 << 20
 
 
 def test_segments_are_the_callers_own():
-    lanes = Lanes(np.arange(10), lanes=1, segment=3)
-    lanes.next_segment()[:] = -1
-    assert lanes.next_segment().tolist() == [[3, 4, 5, 6]]
+    layout = ([([b"abcdefg"], 1)], 0, ByteTokenizer(), 2, 4)
+    lanes, others = make_lanes(*layout), make_lanes(*layout)
+    for _ in range(20):
+        tokens = lanes.next_segment()
+        np.testing.assert_array_equal(tokens, others.next_segment())
+        tokens[:] = -1
 
 
-def test_blocks_that_hold_a_single_segment(monkeypatch):
-    monkeypatch.setattr(lanes_module, "BLOCK_TOKENS", 1)
-    stream = np.arange(50)
-    lanes = Lanes(stream, lanes=3, segment=7)
-    for step in range(20):
-        np.testing.assert_array_equal(lanes.next_segment(), slow_segment(stream, 3, 7, 7 * step))
+def test_rewinding():
+    lanes = make_lanes([([b"abcdefg"], 1)], 0, ByteTokenizer(), 2, 4)
+    first = lanes.next_segment()
+    lanes.rewind()
+    np.testing.assert_array_equal(lanes.next_segment(), first)
 
 
-def test_a_segment_may_span_the_whole_stream():
-    assert Lanes(np.arange(5), lanes=1, segment=4, position=2).next_segment().tolist() == [[2, 3, 4, 0, 1]]
+class Failing(ListCorpus):
+    """A corpus that ends in an error after some documents."""
+
+    def read(self, cursor):
+        yield from super().read(cursor)
+        raise InputError("--data: the network is gone")
 
 
-def test_text_too_short():
-    message = r"^the text is too short: 4 tokens \(accepted: 5 or more, a segment of 4 and its last target\)$"
-    with pytest.raises(InputError, match=message):
-        Lanes(np.arange(4), lanes=1, segment=4)
+def test_an_error_is_raised_at_the_segment_that_needs_the_text_and_nothing_is_lost(monkeypatch):
+    documents = [b"%02d" % number for number in range(50)]
+    monkeypatch.setattr(stream_module, "WINDOW_BYTES", 4)
+    broken = Lanes(Stream([Source(Failing(documents), 3)]), ByteTokenizer(), 2, 4)
+    whole = Lanes(Stream([Source(ListCorpus(documents), 3)]), ByteTokenizer(), 2, 4)
+    steps = 0
+    while True:
+        position = broken.position
+        assert broken.wait(lambda: False)
+        try:
+            tokens = broken.next_segment()
+        except InputError as error:
+            assert str(error) == "--data: the network is gone"
+            break
+        np.testing.assert_array_equal(tokens, whole.next_segment())
+        steps += 1
+    assert broken.position == position
+    assert steps == 2 * 7  # 150 tokens are two chunks of 56 and not a third
+    with pytest.raises(InputError, match="network is gone"):
+        broken.next_segment()
+    # The same command, once the network is back.
+    places = [Place.from_dict(place) for place in position["sources"]]
+    again = Lanes(
+        Stream([Source(ListCorpus(documents), 3, place=places[0])]),
+        ByteTokenizer(),
+        2,
+        4,
+        position["offset"],
+        position["column"],
+    )
+    for _ in range(40):
+        np.testing.assert_array_equal(again.next_segment(), whole.next_segment())
+
+
+class Stalling(ListCorpus):
+    """A corpus that does not answer until `let_go` is set."""
+
+    def __init__(self, documents):
+        super().__init__(documents)
+        self.let_go = threading.Event()
+
+    def read(self, cursor):
+        self.let_go.wait()
+        yield from super().read(cursor)
+
+
+def test_waiting_ends_when_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(lanes_module, "CLOSE_SECONDS", 0.01)
+    corpus = Stalling([b"some text"])
+    lanes = Lanes(Stream([Source(corpus, 0)]), ByteTokenizer(), 2, 4)
+    asked = []
+    assert not lanes.wait(lambda: asked.append(1) or len(asked) > 3)
+    assert lanes.position["column"] == 0
+    lanes.close()  # does not wait for what does not answer
+    corpus.let_go.set()
+
+
+def test_closing_ends_the_thread():
+    before = threading.active_count()
+    lanes = make_lanes([([b"abcdefg"], 1)], 0, ByteTokenizer(), 2, 4)
+    lanes.next_segment()
+    lanes.close()
+    while threading.active_count() > before:
+        time.sleep(0.001)
+    make_lanes([([b"abcdefg"], 1)], 0, ByteTokenizer(), 2, 4).close()
 
 
 @pytest.mark.parametrize(
@@ -112,9 +253,10 @@ def test_text_too_short():
     [
         ({"lanes": 0, "segment": 4}, r"^lanes: 0 \(accepted: 1 or more\)$"),
         ({"lanes": 1, "segment": 0}, r"^segment: 0 \(accepted: 1 or more\)$"),
-        ({"lanes": 1, "segment": 4, "position": -1}, r"^position: -1 \(accepted: 0 or more\)$"),
+        ({"lanes": 1, "segment": 4, "offset": -1}, r"^offset: -1 \(accepted: 0 or more\)$"),
+        ({"lanes": 1, "segment": 4, "column": 7}, r"^column: 7 \(accepted: 0 to 6\)$"),
     ],
 )
 def test_counts_out_of_range(arguments, message):
     with pytest.raises(InputError, match=message):
-        Lanes(np.arange(9), **arguments)
+        Lanes(make_stream([([b"a"], 1)], 0), ByteTokenizer(), **arguments)

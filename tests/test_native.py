@@ -1,6 +1,7 @@
 """The native engine gives the reference's bits, for every instruction set that this machine has."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -108,32 +109,27 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         native.choose_isa()
 
 
-@pytest.fixture(scope="module")
-def sanitized_library(tmp_path_factory):
-    """The library built with the address and the undefined-behaviour sanitizer, and what to preload."""
-    folder = tmp_path_factory.mktemp("sanitized")
+AVX512 = [*[f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")], "-mbmi2"]
+
+
+def build(folder, flags):
+    """The library of the sources named in `flags`, each compiled with its flags; skips without a compiler."""
+    compiler = shutil.which("g++") or pytest.skip("there is no g++")
     sources = Path(native.__file__).parent / "native"
-    flags = {"avx2": ["-mavx2"], "avx512": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]}
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+    common = ["-std=c++17", "-fPIC", "-fwrapv", "-Wno-psabi", "-O1", "-pthread"]
     objects = []
-    for name in ("dispatch", "scalar", "avx2", "avx512"):
+    for name, own in flags.items():
         objects.append(str(folder / f"{name}.o"))
-        command = ["g++", "-std=c++17", "-fPIC", "-fwrapv", "-Wno-psabi", *sanitize, *flags.get(name, [])]
-        subprocess.run([*command, "-c", str(sources / f"{name}.cc"), "-o", objects[-1]], check=True)
+        command = [compiler, *common, *own, "-c", str(sources / f"{name}.cc"), "-o", objects[-1]]
+        subprocess.run(command, check=True)
     library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *sanitize, *objects, "-o", str(library), "-pthread"], check=True)
-    ask = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libubsan.so")]
-    found = [
-        subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip() for words in ask
-    ]
-    return library, ":".join(found)
+    sanitize = [flag for flag in next(iter(flags.values())) if flag.startswith("-fsanitize")]
+    subprocess.run([compiler, "-shared", *sanitize, *objects, "-o", str(library), "-pthread"], check=True)
+    return library
 
 
-@pytest.mark.long
-@isas
-def test_under_the_address_and_undefined_behaviour_sanitizers(isa, sanitized_library):
-    """Compares with the reference in a process of its own, which ends at the first error of memory."""
-    library, runtime = sanitized_library
+def compare_in_a_process(library, isa, environment, examples):
+    """Runs the library beside the reference in a process of its own, which any error of memory ends."""
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -149,15 +145,43 @@ for config in s.MODELS.values():
             s.check(config, {isa!r}, parameters, sampling, [1, 0, 1], count, 9)
 s.test_nothing_overflows_at_the_largest_vocabulary({isa!r})
 for case in t.CASES:
-    for seed in range(3):
+    for seed in range({examples}):
         arguments = t.inputs(case, seed, seed)
         expected = t.reference(case).population_step(*arguments, 5)
         t.assert_same(expected, t.native_engine(case, {isa!r}).population_step(*arguments, 5), case)
         parameters, _, _, tokens, state = arguments
         expected = t.reference(case).forward(parameters, tokens, state)
         t.assert_same(expected, t.native_engine(case, {isa!r}).forward(parameters, tokens, state), case)
-print("sanitized runs agree")
+print("all agree")
 """
-    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "sanitized runs agree" in done.stdout, done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "all agree" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="needs AVX512")
+def test_tiles_give_the_same_bits_where_the_processor_has_none(tmp_path):
+    """The engine for AMX, with its eight tile instructions in plain C++."""
+    emulated = "-DINTLM_EMULATED_TILES"
+    library = build(tmp_path, {"amx": [emulated, *AVX512], "peak": [emulated], "dispatch": [emulated]})
+    compare_in_a_process(library, "amx", {"INTLM_ISA": "amx"}, 3)
+
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("isa", [*ISAS, *(["amx"] if "avx512" in ISAS and "amx" not in ISAS else [])])
+def test_under_the_address_and_undefined_behaviour_sanitizers(isa, tmp_path):
+    """Where the processor has no tiles, those are emulated."""
+    own = {"avx2": ["-mavx2"], "avx512": AVX512, "amx": AVX512}.get(isa, [])
+    emulated = ["-DINTLM_EMULATED_TILES"] if isa == "amx" else []
+    names = [isa, "peak", "dispatch"]
+    library = build(tmp_path, {name: [*SANITIZE, *emulated, *(own if name == isa else [])] for name in names})
+    ask = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libubsan.so")]
+    runtime = [
+        subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip() for words in ask
+    ]
+    environment = {"LD_PRELOAD": ":".join(runtime), "ASAN_OPTIONS": "detect_leaks=0", "INTLM_ISA": isa}
+    compare_in_a_process(library, isa, environment, 3)

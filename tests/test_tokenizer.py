@@ -18,6 +18,13 @@ def test_any_bytes_survive_the_round_trip(text):
     assert tokenizer.decode(tokens) == text
     assert tokenizer.decode(tokens.tolist()) == text
     assert tokenizer.byte_lengths()[tokens].sum() == len(text)
+    assert [made.tolist() for made in tokenizer.encode_batch([text, b"", text], 2)] == [
+        list(text),
+        [],
+        list(text),
+    ]
+    aligned, lengths = tokenizer.encode_aligned(text)
+    assert aligned.tolist() == tokens.tolist() and lengths.tolist() == [1] * len(text)
 
 
 def test_encoded_tokens_can_be_written_to():
@@ -66,11 +73,14 @@ def test_missing_tokenizer_is_named(tmp_path):
         (b"{", r"tokenizer.json': damaged: not JSON$"),
         (b"\xff\xfe\xff", r"tokenizer.json': damaged: not JSON$"),
         (b"[" * 100_000, r"tokenizer.json': damaged: not JSON$"),
-        (b"[]", r"tokenizer.json': damaged: no 'kind' in it \(accepted: bytes\)$"),
-        (b'{"kind": ["bytes"]}', r"tokenizer.json': damaged: no 'kind' in it \(accepted: bytes\)$"),
+        (b"[]", r"tokenizer.json': damaged: no 'kind' in it \(accepted: bytes, sentencepiece\)$"),
+        (
+            b'{"kind": ["bytes"]}',
+            r"tokenizer.json': damaged: no 'kind' in it \(accepted: bytes, sentencepiece\)$",
+        ),
         (
             b'{"kind": "byte"}',
-            r"tokenizer.json': kind: unknown 'byte'; did you mean 'bytes'\? \(accepted: bytes\)$",
+            r"tokenizer.json': kind: unknown 'byte'; did you mean 'bytes'\? \(accepted: bytes, sentencepiece\)$",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +17,23 @@ from intlm.errors import InputError, unknown
 class TextConfig:
     """Where the text comes from."""
 
-    data: str = "stdlib"
-    """Corpus to train on: `stdlib`, or a file, directory or glob of text or JSON lines."""
+    data: tuple[str, ...] = ("stdlib",)
+    """Corpora to train on, NAME or NAME=WEIGHT, see `parse_data`."""
     held_out: str = ""
     """Corpus to evaluate on; empty: about one document in 32 of `data`."""
     text_field: str = "text"
     """Field of a JSON line that holds the text."""
+    max_documents: int = 0
+    """Documents of each corpus at most, before some are held out; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a weight or a count out of range, and for a corpus that is named twice."""
+        names = [parse_data(data)[0] for data in self.data]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"--data {name}: given twice (give it a weight instead, {name}=2)")
+        if self.max_documents < 0:
+            raise InputError(f"--max-documents {self.max_documents}: must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     eggroll: EggrollConfig = field(default_factory=EggrollConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    tokenizer: str = "bytes"
+    """The name of the tokenizer; its files are in the run's directory."""
     minutes: str = ""
     """Planned minutes, as given; `steps` was measured to fill them. Empty where steps were given."""
     steps: int = 0
@@ -72,6 +86,35 @@ laptop for an evening; `paper`: the size and the algorithm of arXiv 2511.16652."
 
 WEIGHT_DEFAULTS = {"segment": 16, "step_embedding": 4}
 """Defaults that differ under `estimator=weight`, whose signal is spread over all weights of a segment."""
+
+HEAVIEST = 1_000_000
+
+
+def parse_data(text: str) -> tuple[str, int]:
+    """Name and weight of a corpus given as NAME or NAME=WEIGHT. Raises InputError for a weight out of range.
+
+    Whatever looks like a number after the last equals sign is a weight.
+    """
+    name, equals, weight = text.rpartition("=")
+    if not equals or not re.fullmatch(r"[+-]?\.?\d[\d._eE+-]*", weight):
+        return text, 1
+    if not weight.isdecimal() or not weight.isascii() or not 1 <= int(weight[:20]) <= HEAVIEST:
+        raise InputError(
+            f"--data {text}: the weight {weight} must be an integer from 1 to {HEAVIEST} (a name that ends so is "
+            f"written with a weight after it, {text}=1)"
+        )
+    return name, int(weight)
+
+
+def format_data(name: str, weight: int) -> str:
+    """The shortest text that `parse_data` takes for this corpus."""
+    if weight == 1:
+        try:
+            if parse_data(name) == (name, 1):
+                return name
+        except InputError:
+            pass
+    return f"{name}={weight}"
 
 
 def _keys() -> dict[str, tuple[str, Any]]:
@@ -155,6 +198,14 @@ def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
         value = values[name]
         if name in _SECTIONS and not prefix:
             made[name] = _build(_SECTIONS[name], value, source, f"{name}.")
+        elif item.type == tuple[str, ...]:
+            if (
+                not isinstance(value, list | tuple)
+                or not value
+                or not all(isinstance(each, str) for each in value)
+            ):
+                raise InputError(f"{source}: key {prefix}{name}={value!r} must be a list of strings")
+            made[name] = tuple(value)
         elif type(value) is not item.type:
             wanted = getattr(item.type, "__name__", item.type)
             raise InputError(f"{source}: key {prefix}{name}={value!r} must be of type {wanted}")

@@ -17,10 +17,11 @@ from intlm.checkpoint import Checkpoint
 from intlm.engine.engine import Engine, make_engine
 from intlm.errors import InputError
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
-from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from train.config import RunConfig, TextConfig, resolve_config
+from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
+from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
+from train.corpus import SourceUnavailable
 from train.lanes import Lanes
-from train.run import RUNS, Run, differences
+from train.run import DATA, RUNS, Run, differences, encode_fingerprints
 from train.text import Text, evaluated, load_text
 
 DEFAULT_PRESET = "small"
@@ -32,7 +33,7 @@ EVALUATIONS = 20
 """Evaluations and checkpoints in a run, where nothing else is asked for."""
 
 
-RUN_FILES = {"baselines.json", "checkpoints", "config.json", "tokenizer.json"}
+RUN_FILES = {"baselines.json", "checkpoints", "config.json", DATA, "tokenizer.json", "tokenizer.model"}
 """What a run is made of before its first step."""
 
 
@@ -42,13 +43,17 @@ class Request:
 
     preset: str | None = None
     run: str | None = None
-    data: str | None = None
+    data: tuple[str, ...] = ()
     held_out: str | None = None
     text_field: str | None = None
+    max_documents: int | None = None
+    accept_changed_data: bool = False
+    tokenizer: str | None = None
     steps: int | None = None
     minutes: str | None = None
     engine: str = "auto"
     chunk: int = 0
+    threads: int | None = None
     settings: tuple[str, ...] = ()
     evaluate_every: int = 0
     checkpoint_every: int = 0
@@ -79,19 +84,28 @@ class Request:
     @property
     def decides(self) -> bool:
         """Whether anything was said that decides the run's bits."""
-        said = (self.preset, self.data, self.held_out, self.text_field, self.steps, self.minutes)
-        return bool(self.settings) or any(value is not None for value in said)
+        said = (
+            self.preset,
+            self.held_out,
+            self.text_field,
+            self.max_documents,
+            self.tokenizer,
+            self.steps,
+            self.minutes,
+        )
+        return bool(self.settings or self.data) or any(value is not None for value in said)
 
 
 @dataclass
 class Job:
-    """A run ready to go on. `state` and `lanes` are where it stands."""
+    """A run ready to go on. `state` and `lanes` are where it stands; `notes` are for a person to read once."""
 
     request: Request
     run: Run
     config: RunConfig
     tokenizer: Tokenizer
-    text: Text
+    text: str
+    digests: dict[str, str]
     engine: Engine
     evolution: Evolution
     evaluator: Evaluator
@@ -99,6 +113,7 @@ class Job:
     state: EvolutionState
     baselines: dict[str, float]
     resumed: bool
+    notes: list[str]
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
@@ -117,7 +132,7 @@ class Job:
             "step": state.step,
             "position": self.lanes.position,
             "tokenizer": self.tokenizer.digest,
-            "corpus": self.text.digest,
+            "text": self.digests,
         }
         path = self.run.checkpoint_path(state.step)
         checkpoint.write(path, Checkpoint(arrays, meta))
@@ -132,19 +147,22 @@ def prepare(request: Request, say: Any) -> Job:
     """
     directory = request.directory
     run = _existing_run(directory)
-    tokenizer = load_tokenizer(directory) if run else ByteTokenizer()
-    config = _configuration(request, run, tokenizer)
-    text = load_text(config.text, tokenizer, config.eggroll.seed)
-    engine = make_engine(request.engine, config.model, config.eggroll, request.chunk)
+    asked = open_tokenizer(request.tokenizer or ByteTokenizer.name)
+    tokenizer = load_tokenizer(directory) if run else asked
+    config = _configuration(request, run, tokenizer, asked.name)
+    text = load_text(config.text)
+    engine = make_engine(request.engine, config.model, config.eggroll, request.chunk, request.threads)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
-    lanes = _lanes(config, text)
-    counts = np.bincount(text.train_S, minlength=tokenizer.vocabulary)
+    lanes = _lanes(config, text, tokenizer)
+    resumed = run is not None
+    latest = run.latest() if run else None
+    # A checkpoint has the counts' head bias.
+    counts = np.zeros(tokenizer.vocabulary, np.int64) if latest else text.counts(tokenizer)
     state = initial(config.model, config.eggroll, counts)
     if not config.steps:
-        config = dataclasses.replace(
-            config, steps=_plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
-        )
-        lanes = _lanes(config, text)
+        steps = _plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
+        config = dataclasses.replace(config, steps=steps)
+        lanes.rewind()
     if run:
         figures = _read_baselines(directory / "baselines.json")
     else:
@@ -154,21 +172,54 @@ def prepare(request: Request, say: Any) -> Job:
             tokenizer.save(directory)
         except OSError as error:
             raise InputError(f"--run {directory}: cannot be made: {error.strerror or error}") from error
-        files = {"baselines.json": (json.dumps(figures, indent=2) + "\n").encode()}
+        files = {
+            "baselines.json": (json.dumps(figures, indent=2) + "\n").encode(),
+            DATA: encode_fingerprints(text.fingerprints()),
+        }
         run = Run.create(directory, config.as_dict(), files)
-    resumed = False
-    if latest := run.latest():
+    notes = []
+    if latest:
         state, meta = restore(latest, config, tokenizer, state)
-        if meta["corpus"] != text.digest:
+        position = meta["position"]
+        changed = text.changes(run.fingerprints, meta["text"])
+        if changed and not request.accept_changed_data:
             raise InputError(
-                f"--data {config.text.data}: the text has changed since {latest} was written; "
-                "restore it, or start another run with --run"
+                f"{changed[0]} since {latest} was written; restore it, go on all the same with "
+                "--accept-changed-data, or start another run with --run"
             )
-        lanes = _lanes(config, text, meta["position"])
-        resumed = True
+        try:
+            if changed:
+                notes = [
+                    f"{change}; going on, to other bits and scores of another text" for change in changed
+                ]
+                position["sources"], lost = text.settled(position["sources"])
+                notes += lost
+            lanes = _lanes(config, text, tokenizer, position)
+        except SourceUnavailable:
+            raise
+        except (InputError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{latest}: its position is damaged: {error}") from error
+        if changed:
+            run.keep_fingerprints(text.fingerprints())
+    elif resumed:
+        # Nothing has been made of the text yet.
+        run.keep_fingerprints(text.fingerprints())
     evolution = Evolution(engine, config.model, config.eggroll, config.steps)
     return Job(
-        request, run, config, tokenizer, text, engine, evolution, evaluator, lanes, state, figures, resumed
+        request=request,
+        run=run,
+        config=config,
+        tokenizer=tokenizer,
+        text=text.summary(),
+        digests=text.digests,
+        engine=engine,
+        evolution=evolution,
+        evaluator=evaluator,
+        lanes=lanes,
+        state=state,
+        baselines=figures,
+        resumed=latest is not None,
+        notes=notes,
     )
 
 
@@ -192,17 +243,22 @@ def _is_half_made(directory: Path) -> bool:
     return not names or (names <= RUN_FILES and checkpoints.is_dir() and not any(checkpoints.iterdir()))
 
 
-def _lanes(config: RunConfig, text: Text, position: int = 0) -> Lanes:
-    try:
-        return Lanes(text.train_S, config.eggroll.lanes, config.eggroll.segment, position)
-    except InputError as error:
-        raise InputError(f"--data {config.text.data}: {error}") from error
+def _lanes(
+    config: RunConfig, text: Text, tokenizer: Tokenizer, position: dict[str, Any] | None = None
+) -> Lanes:
+    """Lanes at the start, or at a `Lanes.position`."""
+    eggroll = config.eggroll
+    if position is None:
+        return Lanes(text.stream(eggroll.seed), tokenizer, eggroll.lanes, eggroll.segment)
+    stream = text.stream(eggroll.seed, position["sources"])
+    offset, column = position["offset"], position["column"]
+    return Lanes(stream, tokenizer, eggroll.lanes, eggroll.segment, offset, column)
 
 
 def restore(
     path: Path, config: RunConfig, tokenizer: Tokenizer, like: EvolutionState
 ) -> tuple[EvolutionState, dict[str, Any]]:
-    """The state in a checkpoint, and its checked meta: `step`, `position` of the lanes, `corpus` digest, ...
+    """The state in a checkpoint, and its checked meta: `step`, `position` of the lanes, identity of the `text`.
 
     like: a state of the same configuration.
 
@@ -212,8 +268,9 @@ def restore(
     meta = saved.meta
     if meta.get("tokenizer") != tokenizer.digest:
         raise InputError(f"{path}: was written with another tokenizer than the run's ({tokenizer.name})")
-    if not isinstance(meta.get("config"), dict) or not isinstance(meta.get("corpus"), str):
-        raise InputError(f"{path}: its meta lacks the configuration or the digest of the corpus")
+    for name in ("config", "text", "position"):
+        if not isinstance(meta.get(name), dict):
+            raise InputError(f"{path}: its meta lacks the {name}")
     if changed := differences(meta["config"], config.as_dict()):
         raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
     wanted = {f"master.{name}": (value.shape, value.dtype) for name, value in like.masters.items()}
@@ -221,9 +278,8 @@ def restore(
     for name in ("head_bias", "recurrent"):
         wanted[name] = (getattr(like, name).shape, getattr(like, name).dtype)
     checkpoint.expect(saved, wanted, path)
-    for name in ("step", "position"):
-        if type(meta.get(name)) is not int or meta[name] < 0:
-            raise InputError(f"{path}: its {name}, {meta.get(name)!r}, is no count")
+    if type(meta.get("step")) is not int or meta["step"] < 0:
+        raise InputError(f"{path}: its step, {meta.get('step')!r}, is no count")
     arrays = saved.arrays
     state = EvolutionState(
         {name: arrays[f"master.{name}"] for name in like.masters},
@@ -254,23 +310,27 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
             f"{path}: key model.vocabulary={config.model.vocabulary}: "
             f"the run's tokenizer ({tokenizer.name}) has {tokenizer.vocabulary} tokens"
         )
+    if config.tokenizer != tokenizer.name:
+        raise InputError(f"{path}: key tokenizer={config.tokenizer}: the run's tokenizer is {tokenizer.name}")
     return config
 
 
-def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer) -> RunConfig:
-    """The run's own configuration, checked against what was asked; or a new one."""
+def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
+    """The run's own configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
     kept = _kept(run, tokenizer) if run else None
     if kept and not request.decides:
         return kept
-    text = TextConfig(
-        **{
-            name: value
-            for name in ("data", "held_out", "text_field")
-            if (value := getattr(request, name)) is not None
-        }
-    )
+    said: dict[str, Any] = {
+        name: value
+        for name in ("held_out", "text_field", "max_documents")
+        if (value := getattr(request, name)) is not None
+    }
+    if request.data:
+        said["data"] = tuple(format_data(*parse_data(data)) for data in request.data)
+    text = TextConfig(**said)
     preset = request.preset or DEFAULT_PRESET
     config = resolve_config(preset, request.settings, text, tokenizer.vocabulary)
+    config = dataclasses.replace(config, tokenizer=asked)
     if request.steps is not None:
         config = dataclasses.replace(config, steps=request.steps)
     else:

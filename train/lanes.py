@@ -1,80 +1,191 @@
-"""Many readers of one token stream, in step with each other."""
+"""Many readers of one endless stream of tokens, in step with each other."""
 
-from fractions import Fraction
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+from numpy.lib.stride_tricks import as_strided
 
 from intlm.errors import InputError
+from tokenizer import Tokenizer
+from train.stream import Stream
 
-BLOCK_SEGMENTS = 64
-BLOCK_TOKENS = 1 << 22
+CHUNK_TOKENS = 1 << 22
+MOST_SEGMENTS = 256
+FEWEST_SEGMENTS = 4
+"""A chunk is 256 segments of every lane, or as many as make `CHUNK_TOKENS`, but at least 4."""
+POLL_SECONDS = 0.1
+CLOSE_SECONDS = 5.0
+
+
+def segments_of(lanes: int, segment: int) -> int:
+    """Segments of a lane in a chunk."""
+    return max(FEWEST_SEGMENTS, min(MOST_SEGMENTS, CHUNK_TOKENS // (lanes * segment)))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """tokens_LxC1: a view in which lanes overlap by one token; start, end: places in the stream."""
+
+    tokens_LxC1: np.ndarray
+    start: dict[str, Any]
+    end: dict[str, Any]
+    text_bytes: int
 
 
 class Lanes:
-    """Reads a stream of S tokens as a circle, from L places at once, a segment of T tokens at a time.
+    """Reads the tokens of a stream by L lanes, a segment of T tokens a step. A separator opens each document.
 
-    Lane i starts at offset i·S // L, so together the lanes read the whole stream once in S / L tokens each.
-    `position`, the tokens read per lane, is the complete state: lanes made anew with it go on with exactly
-    the next token, even with another segment length.
+    The stream is taken in chunks of L·C tokens, C = `segments_of(L, T)`·T. Lane i reads the i-th span of C
+    tokens of each chunk: token t of the span as input, token t + 1 of the stream as its target, also where
+    that is the first of the next span or chunk.
+
+    The next chunk is read, tokenized and packed in a thread while lanes read this one; the result does not
+    depend on when. `position` is the complete state: lanes made with it, on a stream at its places, go on
+    with exactly the next token.
     """
 
-    def __init__(self, stream_S: np.ndarray, lanes: int, segment: int, position: int = 0):
-        """Place `lanes` readers on the integers `stream_S`, which is not copied.
+    def __init__(
+        self, stream: Stream, tokenizer: Tokenizer, lanes: int, segment: int, offset: int = 0, column: int = 0
+    ):
+        """Read from where `stream` stands: `offset` tokens into its fragment, and `column` segments on.
 
-        `InputError` for a stream shorter than `segment` + 1 tokens, or a count or position out of range.
+        `InputError` for a count out of range. The stream belongs to the lanes from now on.
         """
-        for name, value, least in (("lanes", lanes, 1), ("segment", segment, 1), ("position", position, 0)):
+        for name, value, least in (
+            ("lanes", lanes, 1),
+            ("segment", segment, 1),
+            ("offset", offset, 0),
+            ("column", column, 0),
+        ):
             if value < least:
                 raise InputError(f"{name}: {value} (accepted: {least} or more)")
-        if len(stream_S) < segment + 1:
-            raise InputError(
-                f"the text is too short: {len(stream_S)} tokens (accepted: {segment + 1} or more,"
-                f" a segment of {segment} and its last target)"
-            )
-        self._stream_S = stream_S
-        self._segment = segment
-        self._position = int(position)
-        self._offsets_L = np.arange(lanes) * len(stream_S) // lanes
-        # Segments are sliced from a block, since gathering each from all over the stream would be slow.
-        segments = min(BLOCK_SEGMENTS, max(1, BLOCK_TOKENS // (lanes * segment)))
-        self._width = segments * segment + 1
-        self._column = self._width
-        # A block's row that runs past the end of the stream is taken from a copy of the circle's seam.
-        self._seam_start = max(0, len(stream_S) - self._width + 1)
-        seam = np.arange(self._seam_start, len(stream_S) + self._width)
-        self._seam = stream_S[seam % len(stream_S)]
-        self._block_LxW = np.empty((lanes, self._width), stream_S.dtype)
+        self._stream, self._tokenizer = stream, tokenizer
+        self._lanes, self._segment, self._segments = lanes, segment, segments_of(lanes, segment)
+        if column >= self._segments:
+            raise InputError(f"column: {column} (accepted: 0 to {self._segments - 1})")
+        self._offset, self._column = offset, column
+        self._rest: np.ndarray | None = None
+        self._start: dict[str, Any] = {"sources": stream.places(), "offset": offset}
+        self._chunk: _Chunk | None = None
+        self._thread: threading.Thread | None = None
+        self._ahead: _Chunk | None = None
+        self._error: BaseException | None = None
+        self._closing = False
 
     @property
-    def position(self) -> int:
-        """Tokens read so far by each lane."""
-        return self._position
+    def position(self) -> dict[str, Any]:
+        """Where the lanes stand: `sources`, `offset` and `column`, of a constant size. JSON can hold it."""
+        if self._chunk is None:
+            return {**self._start, "column": self._column}
+        if self._column == self._segments:
+            return {**self._chunk.end, "column": 0}
+        return {**self._chunk.start, "column": self._column}
 
     @property
-    def epoch(self) -> Fraction:
-        """Passes over the stream so far, exactly: position · lanes / S."""
-        return Fraction(self._position * len(self._offsets_L), len(self._stream_S))
+    def bytes_per_token(self) -> float:
+        """Bytes of text a token in this chunk, separators counted as tokens; for people to read."""
+        return self._chunk.text_bytes / self._chunk.tokens_LxC1[:, 1:].size if self._chunk else 1.0
+
+    def progress(self) -> dict[str, int]:
+        """`documents` and `text_bytes` read so far by all lanes together, estimated inside of a chunk."""
+        start, end = (self._chunk.start, self._chunk.end) if self._chunk else (self._start, self._start)
+        done = {}
+        for name, key in (("documents", "documents"), ("text_bytes", "bytes")):
+            before, after = (sum(place[key] for place in state["sources"]) for state in (start, end))
+            done[name] = before + (after - before) * self._column // self._segments
+        return done
+
+    def epochs(self) -> dict[str, int]:
+        """By corpus, how often it has been read to its end before this chunk."""
+        start = self._chunk.start if self._chunk else self._start
+        names = (source.corpus.name for source in self._stream.sources)
+        return {name: place["epoch"] for name, place in zip(names, start["sources"], strict=True)}
+
+    def wait(self, stop: Callable[[], bool]) -> bool:
+        """Wait until the next segment is at hand; False as soon as `stop` says so."""
+        if self._chunk is None or self._column == self._segments:
+            self._look_ahead()
+            while self._thread is not None and self._thread.is_alive() and not stop():
+                self._thread.join(POLL_SECONDS)
+        return not stop()
 
     def next_segment(self) -> np.ndarray:
-        """The next tokens of every lane, int32 [lanes, segment + 1]; `position` moves on by `segment`.
+        """The next tokens of every lane, int32 [lanes, segment + 1].
 
-        Inputs are `[:, :-1]` and targets `[:, 1:]`: the last token of a segment is the first of the next.
+        Inputs are `[:, :-1]` and targets `[:, 1:]`. What went wrong while the text was read is raised here,
+        and `position` still stands where it stood.
         """
-        if self._column + self._segment >= self._width:
-            self._refill()
-        tokens_LxT1 = self._block_LxW[:, self._column : self._column + self._segment + 1].astype(np.int32)
-        self._column += self._segment
-        self._position += self._segment
-        return tokens_LxT1
+        if self._chunk is None or self._column == self._segments:
+            self._take()
+        assert self._chunk is not None
+        first = self._column * self._segment
+        self._column += 1
+        return self._chunk.tokens_LxC1[:, first : first + self._segment + 1].astype(np.int32)
 
-    def _refill(self) -> None:
-        size = len(self._stream_S)
-        starts_L = (self._offsets_L + self._position % size) % size
-        on_seam_L = starts_L >= self._seam_start
-        sources = ((~on_seam_L, self._stream_S, 0), (on_seam_L, self._seam, self._seam_start))
-        for rows_L, source, origin in sources:
-            if rows_L.any():
-                windows = sliding_window_view(source, self._width)
-                self._block_LxW[rows_L] = windows[starts_L[rows_L] - origin]
+    def rewind(self) -> None:
+        """Go back to the first segment of this chunk."""
         self._column = 0
+
+    def close(self) -> None:
+        """Stop reading ahead. What waits for a network is left to itself after some seconds."""
+        self._closing = True
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _look_ahead(self) -> None:
+        if self._thread is None:
+            # A daemon, so that a source that does not answer cannot keep the process.
+            self._thread = threading.Thread(target=self._work, name="intlm-lanes", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            self._ahead = self._build()
+        except BaseException as error:
+            self._error = error
+
+    def _take(self) -> None:
+        """Go on to the chunk that was built ahead, and have the next one built."""
+        self._look_ahead()
+        assert self._thread is not None
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._chunk is not None:
+            self._column = 0
+        self._chunk, self._ahead, self._thread = self._ahead, None, None
+        self._look_ahead()
+
+    def _build(self) -> _Chunk | None:
+        """The next chunk: its tokens and the first one after them. None where that was cut short."""
+        stream, tokenizer, rest = self._stream, self._tokenizer, self._rest
+        separator = np.array([tokenizer.separator], tokenizer.encode(b"").dtype)
+        width = self._segments * self._segment
+        count = self._lanes * width
+        tokens = np.empty(count + 1, separator.dtype)
+        start = {"sources": stream.places(), "offset": self._offset}
+        filled = text_bytes = 0
+        while True:
+            text, opens = stream.fragment()
+            if rest is None:
+                rest = tokenizer.encode(text)
+                rest = (np.concatenate([separator, rest]) if opens else rest)[self._offset :]
+            taken = min(len(rest), count + 1 - filled)
+            tokens[filled : filled + taken] = rest[:taken]
+            filled += taken
+            text_bytes += len(text) * taken // max(1, self._offset + len(rest))
+            if filled > count:
+                break
+            stream.advance()
+            self._offset, rest = 0, None
+            if self._closing:
+                return None
+        # The last token is a target of this chunk and the first input of the next.
+        self._offset += taken - 1
+        self._rest = rest[taken - 1 :]
+        item = tokens.itemsize
+        view = as_strided(tokens, (self._lanes, width + 1), (width * item, item), writeable=False)
+        return _Chunk(view, start, {"sources": stream.places(), "offset": self._offset}, text_bytes)

@@ -1,18 +1,27 @@
 """The training loop."""
 
+import os
 import signal
+import time
 from types import FrameType
 
+from intlm.errors import InputError
 from intlm.evolution import EvolutionState
 from train.job import Job
 from train.report import Report
 
+PATIENCE = 1.0
+
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag that the loop looks at after each step."""
+    """Turns SIGINT and SIGTERM into a flag that the loop looks at after each step.
+
+    A second one, `PATIENCE` seconds later or more, ends the process at once: the first may wait for a network.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -27,6 +36,10 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and time.monotonic() - self._since >= PATIENCE:
+            os._exit(130)
+        if not self.requested:
+            self._since = time.monotonic()
         self.requested = True
 
 
@@ -41,8 +54,17 @@ def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
     pending = None
     if state.step == 0 and not stop.requested:
         report.evaluate(job, state)
-    while state.step < steps and not stop.requested:
-        state, statistics = job.evolution.step(state, job.lanes.next_segment())
+    while state.step < steps and job.lanes.wait(lambda: stop.requested):
+        try:
+            tokens = job.lanes.next_segment()
+        except InputError:
+            # The text has failed: keep what was made of it.
+            if pending:
+                report.step(job, *pending)
+            report.log(job, state.step)
+            job.save(state)
+            raise
+        state, statistics = job.evolution.step(state, tokens)
         if pending:
             report.step(job, *pending)
         pending = (state.step, statistics)

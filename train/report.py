@@ -86,14 +86,15 @@ class Report:
             return
         pairs = self._steps * config.pairs
         comparisons = pairs * (config.segment if config.estimator == "activation" else 1)
-        train = bits_per_byte(self._score, 1) / (tokens * job.text.bytes_per_token)
+        train = bits_per_byte(self._score, 1) / (tokens * job.lanes.bytes_per_token)
         rate = tokens / max(1e-9, time.perf_counter() - self._since)
-        values = {
+        values: dict[str, Any] = {
             "member_tokens": step * config.population * config.segment,
             "train_bits_per_byte": train,
             "member_tokens_per_second": rate,
             "ties": self._ties / comparisons,
-        }
+            "epochs": job.lanes.epochs(),
+        } | job.lanes.progress()
         self.metrics.append(step, **values)
         self.tracker.scalars(
             step,
@@ -102,6 +103,7 @@ class Report:
                 "speed/member_tokens_per_second": rate,
                 "fitness/ties": values["ties"],
                 "fitness/saturated_factors_per_pair": self._saturated / pairs,
+                **{f"data/{name}": float(value) for name, value in job.lanes.progress().items()},
             },
         )
         shown = {"train": f"{train:.3f}", "held-out": f"{self.held_out:.3f}" if self.held_out else "-"}

@@ -2,6 +2,7 @@
 
 runs/<name>/config.json                           the resolved configuration; its presence makes it a run
 runs/<name>/tokenizer.*                           the tokenizer's files
+runs/<name>/data.json                             what tells whether a corpus has changed, see `train.text`
 runs/<name>/metrics.jsonl                         see `train.metrics`
 runs/<name>/tensorboard/                          see `train.tracking`
 runs/<name>/checkpoints/step-00001000.safetensors see `intlm.checkpoint`
@@ -22,6 +23,14 @@ from intlm.errors import InputError
 
 RUNS = Path("runs")  # below the current directory
 CHECKPOINT_NAME = re.compile(r"step-([0-9]+)\.safetensors")
+
+
+DATA = "data.json"
+
+
+def encode_fingerprints(fingerprints: dict[str, Any]) -> bytes:
+    """The content of `data.json`."""
+    return (json.dumps(fingerprints, indent=2) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,18 @@ class Run:
     def name(self) -> str:
         """The directory's last part."""
         return self.directory.resolve().name
+
+    @property
+    def fingerprints(self) -> Any:
+        """What `data.json` holds; None where it is missing or damaged."""
+        try:
+            return json.loads((self.directory / DATA).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def keep_fingerprints(self, fingerprints: dict[str, Any]) -> None:
+        """Write `data.json`. Raises `InputError` where that cannot be done."""
+        replace_file(self.directory / DATA, [encode_fingerprints(fingerprints)])
 
     @property
     def metrics_path(self) -> Path:
@@ -191,7 +212,9 @@ def find_checkpoint(name: str) -> tuple[Run, Path]:
     return run, latest
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], has: str = "run has", says: str = "command line says"
+) -> list[str]:
     """One line for each key in which the run's configuration `old` and the command line's `new` differ.
 
     Keys of nested dicts are joined by dots. Values are compared as JSON has them: a tuple is a list, but true
@@ -199,7 +222,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
-        f"{key}: run has {before.get(key, 'nothing')}, command line says {after.get(key, 'nothing')}"
+        f"{key}: {has} {before.get(key, 'nothing')}, {says} {after.get(key, 'nothing')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]

@@ -1,6 +1,7 @@
 """The seam between what is evaluated and how: the protocol of an engine, and the choice of one."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +10,7 @@ import numpy as np
 
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.eggroll import Scales, Statistics, Votes
-from intlm.errors import unknown
+from intlm.errors import InputError, unknown
 from intlm.fixedpoint import Array
 from intlm.model import Parameters
 
@@ -30,12 +31,14 @@ class Engine(Protocol):
         tokens_PxT1: Array,
         state_PxLxD: Array,
         first_pair: int = 0,
+        votes: bool = True,
     ) -> tuple[Votes, Statistics, Array]:
         """Evaluate the antithetic pairs `first_pair`, `first_pair + 1`, ... on one segment.
 
         key: uint32 [2], `eggroll.step_key`; tokens: int32 [P, T + 1], inputs and, one later, targets; state:
         int8 [P, L, D]. Returns this slice's votes, its statistics and the pairs' states after the segment.
-        Votes and statistics of slices add up to those of the population.
+        Votes and statistics of slices add up to those of the population. Where `votes` is false the members are
+        scored alone: no votes, and only `eggroll.SCORE_STATISTICS`.
         """
         ...
 
@@ -86,12 +89,41 @@ class SamplingEngine(Engine, Protocol):
 ENGINES = {"reference": "ReferenceEngine", "xla": "XlaEngine", "native": "NativeEngine"}
 
 
-def make_engine(name: str, model: ModelConfig, eggroll: EggrollConfig, chunk: int = 0) -> Engine:
+LARGEST_THREADS = 1024
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> int:
+    """`threads` as it is, or InputError where no engine can be given as many."""
+    if not 1 <= threads <= LARGEST_THREADS:
+        raise InputError(f"--threads {threads}: must be from 1 to {LARGEST_THREADS}")
+    return threads
+
+
+def limit_xla_threads(threads: int) -> None:
+    """Give XLA's CPU backend so many threads.
+
+    It makes them when JAX first computes, once for the process, so that this has to come before. An environment
+    variable is the one way there is.
+    """
+    os.environ["NPROC"] = str(threads)
+
+
+def make_engine(
+    name: str, model: ModelConfig, eggroll: EggrollConfig, chunk: int = 0, threads: int | None = None
+) -> Engine:
     """The engine `name` ("auto": the fastest one here) for a configuration.
 
-    chunk: pairs evaluated at once, which bounds memory and changes no bit; 0 lets the engine choose.
-    Raises InputError for a name that is unknown.
+    chunk: pairs evaluated at once, which bounds memory and changes no bit; 0 lets the engine choose. threads: how
+    many the native engine evaluates on, from 1 to 1024 (None: one for each usable core), which changes no bit
+    either. XLA makes its threads once for the process, see `limit_xla_threads`; the reference has one. Raises
+    InputError for a name that is unknown or a number out of range.
     """
+    threads = usable_cores() if threads is None else check_threads(threads)
     if name == "auto":
         from intlm.engine.native import is_fast
 
@@ -99,5 +131,6 @@ def make_engine(name: str, model: ModelConfig, eggroll: EggrollConfig, chunk: in
     if name not in ENGINES:
         raise unknown("--engine", name, ["auto", *ENGINES])
     module = importlib.import_module(f"intlm.engine.{name}")
-    engine: Engine = getattr(module, ENGINES[name])(model, eggroll, chunk)
+    options = {"threads": threads} if name == "native" else {}
+    engine: Engine = getattr(module, ENGINES[name])(model, eggroll, chunk, **options)
     return engine

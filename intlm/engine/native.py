@@ -6,6 +6,7 @@ on XLA.
 """
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,11 @@ import numpy as np
 from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
-from intlm.engine.engine import DrawRule
+from intlm.engine.engine import DrawRule, usable_cores
 from intlm.errors import InputError, unknown
-from intlm.model import LAYER, TRAINED, Parameters, initial_state
+from intlm.model import LAYER, TRAINED, Parameters, initial_state, shapes
 
-ISAS = {"scalar": 1, "avx2": 2, "avx512": 4}
+ISAS = {"scalar": 1, "avx2": 2, "avx512": 4, "amx": 8}
 """Instruction sets, slowest first, with their bits in `intlm_isas`."""
 
 SLICE_PAIRS = 4096
@@ -94,21 +95,30 @@ def library() -> ctypes.CDLL | None:
     sizes = [ctypes.sizeof(job) for job in (_ModelJob, _StepJob, _SampleJob)]
     if loaded.intlm_layout() != (sizes[0] << 20) + (sizes[1] << 10) + sizes[2]:
         raise InputError(f"{found[0]}: was built from another version of intlm; install the package again")
-    for isa, bit in ISAS.items():
-        if not loaded.intlm_isas() & bit:
-            continue
+    for isa in _isas(loaded):
         for what, job in _JOBS.items():
             getattr(loaded, f"intlm_{what}new_{isa}").restype = _POINTER
             getattr(loaded, f"intlm_{what}free_{isa}").argtypes = (_POINTER,)
             getattr(loaded, f"intlm_{what}read_{isa}").argtypes = (_POINTER, ctypes.POINTER(_ModelJob))
             getattr(loaded, f"intlm_{what}run_{isa}").argtypes = (_POINTER, ctypes.POINTER(job))
+        getattr(loaded, f"intlm_peak_{isa}").restype = ctypes.c_int64
+        getattr(loaded, f"intlm_peak_{isa}").argtypes = (ctypes.c_int64, ctypes.c_int)
     return loaded
+
+
+def _isas(loaded: ctypes.CDLL) -> list[str]:
+    """What the processor has and the build contains."""
+    return [
+        name
+        for name, bit in ISAS.items()
+        if loaded.intlm_isas() & bit and hasattr(loaded, f"intlm_new_{name}")
+    ]
 
 
 def available_isas() -> list[str]:
     """The instruction sets that this processor and this build have, slowest first; empty without a library."""
     found = library()
-    return [] if found is None else [name for name, bit in ISAS.items() if found.intlm_isas() & bit]
+    return [] if found is None else _isas(found)
 
 
 def choose_isa() -> str:
@@ -141,13 +151,25 @@ def why_not_fast() -> str:
     return "using XLA: this processor has no vector unit (AVX2 or AVX512) that the native engine is fast with"
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def measured_peak(isa: str, threads: int, seconds: float = 0.1) -> float:
+    """Int8 multiply-adds a second of an instruction set, on so many threads at once, from registers alone.
+
+    A multiply-add is one product of two bytes, added into a 32-bit sum. `seconds`: about how long to measure.
+    """
+    loaded = library()
+    assert loaded is not None
+    run, iterations = getattr(loaded, f"intlm_peak_{isa}"), 1 << 16
+    while True:
+        started = time.perf_counter()
+        multiply_adds = run(iterations, threads)
+        took = time.perf_counter() - started
+        if took >= seconds / 2:
+            return float(multiply_adds / took)
+        iterations *= 2 if took < seconds / 16 else max(2, int(seconds / took))
 
 
 class _Evaluator:
-    """The evaluator of an instruction set, with the model that it holds and memory for its calls; frees itself.
+    """The evaluator of an instruction set: a model, and memory for calls. Frees itself.
 
     With the prefix "sampler_" its sampler, which is used in the same way.
     """
@@ -232,12 +254,19 @@ class NativeEngine:
         self._library = loaded
         self._evaluator = _Evaluator(loaded, self.isa, model)
         self._sampler: _Evaluator | None = None  # holds the weights once more, packed for one stream
+        # What of a step's job stays the same.
+        self._shapes = {name: shapes(model)[name] for name in TRAINED}
+        self._sums = len(_COUNTS) + len(TRAINED) * model.layers
+        self._shift = np.zeros((len(TRAINED), model.layers), np.int32)
+        self._horizon = np.zeros((len(TRAINED), model.layers), np.int32)
+        for row, name in enumerate(TRAINED):
+            if config.estimator == "activation" and name in eggroll.SITE_OF:
+                self._horizon[row] = eggroll.horizons(config, model, name)
+        self._site_shift = [eggroll.site_shift(config, site, model.width) for site in eggroll.SITES]
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` traced and compiled by XLA, which is loaded for it."""
-        from intlm.engine.xla import jit
-
-        return jit(function)
+        return bundled(function)
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""
@@ -311,47 +340,30 @@ class NativeEngine:
         tokens_PxT1: Any,
         state_PxLxD: Any,
         first_pair: int = 0,
+        votes: bool = True,
     ) -> tuple[Votes, Statistics, Any]:
         """See `Engine.population_step`."""
         tokens, state = _array(tokens_PxT1, np.int32), _array(state_PxLxD, np.int8)
         after = np.empty_like(state)
-        votes: Votes = {}
-        statistics: Statistics = {}
+        job = self._job(key, scales, tokens.shape[1] - 1)
+        entries = sum(map(math.prod, self._shapes.values())) if votes else 0
+        total, sums = np.empty(entries, np.int32), np.zeros(self._sums, np.int64)
         for start in range(0, tokens.shape[0], self.chunk):
+            part = np.empty(entries, np.int32) if start else total
             rows = np.s_[start : start + self.chunk]
-            part, sums = self._slice(
-                parameters, key, scales, tokens[rows], state[rows], after[rows], first_pair + start
+            self._slice(
+                job, parameters, tokens[rows], state[rows], after[rows], first_pair + start, part, sums
             )
-            votes = {name: votes[name] + part[name] for name in part} if votes else part
-            statistics = {name: statistics[name] + sums[name] for name in sums} if statistics else sums
-        return votes, statistics, after
+            if start:
+                total += part
+        return *self._outcome(total, sums, votes), after
 
-    def _slice(
-        self,
-        parameters: Parameters,
-        key: Any,
-        scales: Scales,
-        tokens: np.ndarray,
-        state: np.ndarray,
-        after: np.ndarray,
-        first_pair: int,
-    ) -> tuple[Votes, Statistics]:
-        config, layers = self.config, self.model.layers
-        activation = config.estimator == "activation"
-        votes = {name: np.zeros(parameters[name].shape, np.int32) for name in TRAINED}
-        square = np.zeros((len(TRAINED), layers), np.int64)
-        counts = np.zeros(len(_COUNTS), np.int64)
-        horizon = np.zeros((len(TRAINED), layers), np.int32)
-        shift = np.zeros((len(TRAINED), layers), np.int32)
-        if activation:
-            for row, name in enumerate(TRAINED):
-                shift[row] = np.asarray(scales[f"shift.{name}"])
-                if name in eggroll.SITE_OF:
-                    horizon[row] = eggroll.horizons(config, self.model, name)
+    def _job(self, key: Any, scales: Scales, segment: int) -> _StepJob:
+        """What all slices of a step share."""
+        config, activation = self.config, self.config.estimator == "activation"
         job = _StepJob(
             estimator=_ACTIVATION if activation else _WEIGHT,
-            rows=tokens.shape[0],
-            tokens=tokens.shape[1] - 1,
+            tokens=segment,
             rank=config.rank,
             gaussian_noise=config.noise == "gaussian",
             sign_fitness=config.fitness == "sign",
@@ -359,26 +371,107 @@ class NativeEngine:
             sigma_norm=config.sigma_norm,
             mean_difference=1 if activation else int(np.asarray(scales["difference"])),
             threads=self.threads,
-            first_pair=first_pair,
-            horizon=horizon.ctypes.data,
-            shift=shift.ctypes.data,
-            text=tokens.ctypes.data,
-            state=state.ctypes.data,
-            state_after=after.ctypes.data,
-            square=square.ctypes.data,
-            counts=counts.ctypes.data,
+            horizon=self._horizon.ctypes.data,
+            shift=self._shift.ctypes.data,
         )
-        job.key[:] = np.asarray(key).tolist()
-        job.site_shift[:] = [eggroll.site_shift(config, site, self.model.width) for site in eggroll.SITES]
-        job.votes[:] = [votes[name].ctypes.data for name in TRAINED]
-        self._evaluator.run(parameters, job)
-        statistics: Statistics = dict(zip(_COUNTS, counts, strict=True))
         if activation:
+            for row, name in enumerate(TRAINED):
+                self._shift[row] = np.asarray(scales[f"shift.{name}"])
+        job.key[:] = np.asarray(key).tolist()
+        job.site_shift[:] = self._site_shift
+        return job
+
+    def _slice(
+        self,
+        job: _StepJob,
+        parameters: Parameters,
+        tokens: np.ndarray,
+        state: np.ndarray,
+        after: np.ndarray,
+        first_pair: int,
+        votes: np.ndarray,
+        sums: np.ndarray,
+    ) -> None:
+        """Evaluate a slice: its votes, one parameter after the other, and its statistics, added to `sums`."""
+        job.rows, job.first_pair = tokens.shape[0], first_pair
+        job.text, job.state, job.state_after = (array.ctypes.data for array in (tokens, state, after))
+        job.counts = sums.ctypes.data
+        job.square = job.counts + sums.itemsize * len(_COUNTS)
+        address = votes.ctypes.data
+        for row, shape in enumerate(self._shapes.values()):
+            job.votes[row] = address if votes.size else None
+            address += votes.itemsize * math.prod(shape)
+        self._evaluator.run(parameters, job)
+
+    def _outcome(self, total: np.ndarray, sums: np.ndarray, votes: bool) -> tuple[Votes, Statistics]:
+        statistics: Statistics = dict(zip(_COUNTS, sums[: len(_COUNTS)], strict=True))
+        if not votes:
+            return {}, {name: statistics[name] for name in eggroll.SCORE_STATISTICS}
+        square = sums[len(_COUNTS) :].reshape(len(TRAINED), -1)
+        if self.config.estimator == "activation":
             for row, name in enumerate(TRAINED):
                 statistics[f"square.{name}"] = square[row] if name in LAYER else square[row, 0]
         else:
             statistics["square"] = square[0, 0]
-        return votes, statistics
+        parts, begin = {}, 0
+        for name, shape in self._shapes.items():
+            end = begin + math.prod(shape)
+            parts[name] = total[begin:end].reshape(shape)
+            begin = end
+        return parts, statistics
+
+
+def bundled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` traced and compiled by XLA, for arguments many of which are NumPy's.
+
+    Handing over an array costs a call microseconds, whatever its size, so that those of a dtype travel as one.
+    """
+    import jax
+
+    from intlm.engine.xla import jit
+
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def call(*arguments: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        kinds = tuple((x.dtype.char, x.shape) if isinstance(x, _NUMPY) else None for x in leaves)
+        program = programs.get((tree, kinds))
+        if program is None:
+            program = programs[tree, kinds] = jit(_unbundling(function, tree, kinds))
+        bundles: dict[str, list[Any]] = {}
+        for leaf, kind in zip(leaves, kinds, strict=True):
+            if kind:
+                bundles.setdefault(kind[0], []).append(leaf)
+        joined = {char: _joined(arrays) for char, arrays in bundles.items()}
+        return program(joined, [leaf for leaf, kind in zip(leaves, kinds, strict=True) if not kind])
+
+    return call
+
+
+_NUMPY = (np.ndarray, np.generic)
+
+
+def _joined(arrays: list[Any]) -> np.ndarray:
+    return np.ravel(arrays[0]) if len(arrays) == 1 else np.concatenate([np.ravel(array) for array in arrays])
+
+
+def _unbundling(function: Callable[..., Any], tree: Any, kinds: tuple[Any, ...]) -> Callable[..., Any]:
+    """`function` on what `bundled` makes of its arguments: a vector for each dtype, and the arguments left."""
+    import jax
+
+    def unbundled(joined: dict[str, Any], others: list[Any]) -> Any:
+        begin, left, leaves = dict.fromkeys(joined, 0), iter(others), []
+        for kind in kinds:
+            if not kind:
+                leaves.append(next(left))
+                continue
+            char, shape = kind
+            end = begin[char] + math.prod(shape)
+            leaves.append(joined[char][begin[char] : end].reshape(shape))
+            begin[char] = end
+        return function(*jax.tree.unflatten(tree, leaves))
+
+    return unbundled
 
 
 def _array(values: Any, dtype: type) -> np.ndarray:

@@ -104,12 +104,13 @@ class ReferenceEngine:
         tokens_PxT1: np.ndarray,
         state_PxLxD: np.ndarray,
         first_pair: int = 0,
+        votes: bool = True,
     ) -> tuple[Votes, Statistics, np.ndarray]:
         """See `Engine.population_step`."""
         pairs, state = tokens_PxT1.shape[0], np.array(state_PxLxD)
         chunk = self.chunk or pairs
         evaluate = _activation_slice if self.config.estimator == "activation" else _weight_slice
-        votes: Votes = {name: np.zeros(parameters[name].shape, np.int32) for name in TRAINED}
+        total: Votes = {name: np.zeros(parameters[name].shape, np.int32) for name in TRAINED}
         statistics: Statistics = {}
         for start in range(0, pairs, chunk):
             rows = np.arange(start, min(start + chunk, pairs))
@@ -117,9 +118,11 @@ class ReferenceEngine:
                 self.model, self.config, parameters, key, scales, tokens_PxT1[rows], state[rows],
                 rows + first_pair,
             )  # fmt: skip
-            votes = {name: votes[name] + part[name] for name in votes}
+            total = {name: total[name] + part[name] for name in total}
             statistics = {name: statistics.get(name, np.int64(0)) + np.int64(counts[name]) for name in counts}
-        return votes, statistics, state
+        if not votes:
+            return {}, {name: statistics[name] for name in eggroll.SCORE_STATISTICS}, state
+        return total, statistics, state
 
 
 def _pair_members(x_N: np.ndarray) -> np.ndarray:

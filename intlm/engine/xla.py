@@ -303,6 +303,7 @@ class XlaEngine:
         widest = max(8 * model.width, 2 * model.vocabulary)
         self.chunk = chunk or max(4, min(64, CHUNK_BYTES // (config.segment * widest * 4)))
         self._population = self.compile(self._population_slice)
+        self._scores = self.compile(partial(self._population_slice, votes=False))
         self._forward = self.compile(self._forward_all)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,16 +329,16 @@ class XlaEngine:
         tokens_PxT1: Any,
         state_PxLxD: Any,
         first_pair: int = 0,
+        votes: bool = True,
     ) -> tuple[Votes, Statistics, Any]:
         """See `Engine.population_step`."""
+        evaluate = self._population if votes else self._scores
         tokens, state = jnp.asarray(tokens_PxT1, jnp.int32), jnp.asarray(state_PxLxD)
         parts = []
         for start in range(0, tokens.shape[0], SLICE_PAIRS):
             stop = start + SLICE_PAIRS
             first = np.int32(first_pair + start)
-            parts.append(
-                self._population(parameters, key, scales, tokens[start:stop], state[start:stop], first)
-            )
+            parts.append(evaluate(parameters, key, scales, tokens[start:stop], state[start:stop], first))
             if len(parts) == 2:
                 parts = [self._add(*parts)]
         return parts[0]
@@ -355,6 +356,7 @@ class XlaEngine:
         tokens_PxT1: jax.Array,
         state_PxLxD: jax.Array,
         first_pair: jax.Array,
+        votes: bool = True,
     ) -> tuple[Votes, Statistics, jax.Array]:
         """Chunks in a loop, what remains after them, then the votes of all pairs at once."""
         activation = self.config.estimator == "activation"
@@ -362,7 +364,7 @@ class XlaEngine:
         rows_P = jnp.arange(pairs, dtype=jnp.int32) + first_pair
         perturbed = (_Activation if activation else _Weight)(self.config, self.model)
         noise = perturbed.noise(jnp.asarray(key), rows_P, segment)
-        evaluate = partial(self._chunk, parameters, scales, perturbed)
+        evaluate = partial(self._chunk, parameters, scales, perturbed, votes)
         chunk = min(self.chunk, pairs)
         whole = pairs - pairs % chunk
         slices = (tokens_PxT1, state_PxLxD, *noise)
@@ -373,20 +375,22 @@ class XlaEngine:
         if whole < pairs:
             parts.append(evaluate(*jax.tree.map(lambda x: x[whole:], slices)))
         outcome = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        scores = {name: jnp.sum(outcome[name].astype(jnp.int64)) for name in eggroll.SCORE_STATISTICS}
+        if not votes:
+            return {}, scores, outcome["state"]
         if activation:
-            votes, statistics = self._activation_votes(parameters, noise, outcome)
+            made, statistics = self._activation_votes(parameters, noise, outcome)
         else:
-            votes, statistics = self._weight_votes(parameters, noise, outcome, scales, tokens_PxT1)
-        for name in ("score", "difference", "ties"):
-            statistics[name] = jnp.sum(outcome[name].astype(jnp.int64))
-        statistics["seen"] = jnp.sum(_seen(self.model, tokens_PxT1).astype(jnp.int64))
-        return votes, statistics, outcome["state"]
+            made, statistics = self._weight_votes(parameters, noise, outcome, scales, tokens_PxT1)
+        seen = jnp.sum(_seen(self.model, tokens_PxT1).astype(jnp.int64))
+        return made, statistics | scores | {"seen": seen}, outcome["state"]
 
     def _chunk(
         self,
         parameters: Tree,
         scales: Tree,
         perturbed: _Weight,
+        votes: bool,
         tokens_nxT1: jax.Array,
         state_nxLxD: jax.Array,
         layers_noise: Tree,
@@ -409,7 +413,9 @@ class XlaEngine:
             credit = eggroll.credit(scores)
             outcome["difference"] = jnp.sum(jnp.abs(credit), axis=0, dtype=jnp.int32)
             outcome["ties"] = jnp.sum((credit == 0).astype(jnp.int32), axis=0, dtype=jnp.int32)
-            return outcome | self._factors(scales, inputs, credit, recorded, by_layer, noise)
+            if votes:
+                outcome |= self._factors(scales, inputs, credit, recorded, by_layer, noise)
+            return outcome
         difference = jnp.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=jnp.int32)
         outcome["signed"] = difference
         outcome["difference"] = jnp.abs(difference)

@@ -35,7 +35,7 @@ struct StepJob {
   const int32_t *text;                  // [rows, T + 1]; PLAIN: [rows, T]
   const int8_t *state;                  // [rows, L, D]
   int8_t *state_after;                  // [rows, L, D]
-  int32_t *votes[PARAMETERS];           // of each parameter's shape
+  int32_t *votes[PARAMETERS];           // of each parameter's shape; null: the members are scored alone
   int64_t *square;                      // [PARAMETERS, L]: sums of B^2; WEIGHT: sum of q^2 first
   int64_t *counts;                      // score, difference, ties, saturated, seen
   int16_t *logits;                      // PLAIN: [rows, T, V]
@@ -68,6 +68,7 @@ extern "C" {
 INTLM_DECLARE(scalar)
 INTLM_DECLARE(avx2)
 INTLM_DECLARE(avx512)
-int intlm_isas(void);    // a bit for each instruction set that this processor and this build have: 1, 2, 4
+INTLM_DECLARE(amx)
+int intlm_isas(void);    // a bit for each instruction set that this processor and this build have: 1, 2, 4, 8
 int intlm_layout(void);  // of the sizes of the jobs, 10 bits each: what the Python side has to agree with
 }
