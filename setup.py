@@ -18,6 +18,7 @@ INCLUDED = (
     "forward",
     "votes",
     "update",
+    "sample",
     "population",
 )
 DEPENDS = ("native.h", *(f"{name}.inc" for name in INCLUDED))

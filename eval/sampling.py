@@ -11,7 +11,7 @@ import numpy as np
 
 from intlm import fixedpoint, noise
 from intlm.config import ModelConfig
-from intlm.engine.engine import Engine
+from intlm.engine.engine import DrawRule, Engine, SamplingEngine
 from intlm.errors import InputError
 from intlm.fixedpoint import Array, namespace
 from intlm.model import Parameters, initial_state
@@ -71,8 +71,7 @@ def fixed(text: str, fraction_bits: int, flag: str, high: int = 1) -> int:
 def draw(config: SamplingConfig, logits_NxV: Array, random_N: Array) -> Array:
     """A token for each row: int32 [N], from logits in 1/256 bit (int16 [N, V]) and uint32 random words [N].
 
-    Weights are 2**(logit / temperature), from the table of the softmax, relative to the likeliest token. Ties
-    are broken by token number. The weights' sum is at most 2**32 and is multiplied by 31 random bits.
+    Ties are broken by token number. The weights' sum is at most 2**32 and is multiplied by 31 random bits.
     """
     xp = namespace(logits_NxV)
     vocabulary = logits_NxV.shape[-1]
@@ -81,16 +80,8 @@ def draw(config: SamplingConfig, logits_NxV: Array, random_N: Array) -> Array:
     if config.temperature == 0:
         return order[:, 0].astype(xp.int32)
     ordered = xp.take_along_axis(logits, order, axis=-1)
-    below = ((ordered[:, :1] - ordered) << 8) // config.temperature
-    # Fewer bits a weight for larger vocabularies, so that the sum fits.
-    bits = min(fixedpoint.EXP2_FRACTION_BITS, 32 - (vocabulary - 1).bit_length())
-    table = xp.asarray(fixedpoint.exp2_table())[below & 255].astype(xp.int64)
-    shift = xp.minimum(below >> 8, 40).astype(xp.int64) + (fixedpoint.EXP2_FRACTION_BITS - bits)
-    weights = fixedpoint.rounding_shift(table, shift)
-    keep = (xp.arange(vocabulary) < (config.top_k or vocabulary)) & (
-        (weights << 16) >= weights[:, :1] * config.min_p
-    )
-    weights = xp.where(keep, weights, 0)
+    weights = _weights(config, vocabulary, ordered[:, :1] - ordered)
+    weights = xp.where(xp.arange(vocabulary) < (config.top_k or vocabulary), weights, 0)
     sums = xp.cumsum(weights, axis=-1, dtype=xp.int64)
     # A token is kept while those before it have not reached the share; the first one always is.
     before = sums - weights
@@ -101,19 +92,51 @@ def draw(config: SamplingConfig, logits_NxV: Array, random_N: Array) -> Array:
     return xp.take_along_axis(order, index[:, None], axis=-1)[:, 0].astype(xp.int32)
 
 
+def _weights(config: SamplingConfig, vocabulary: int, below: Array) -> Array:
+    """int64 weights of tokens whose logits are `below` the likeliest one's: int32, in 1/256 bit, any shape.
+
+    2**(-below / temperature), from the table of the softmax; 0 where min-p leaves a token out.
+    """
+    xp = namespace(below)
+    below = (below << 8) // config.temperature
+    # Fewer bits a weight for larger vocabularies, so that the sum fits.
+    bits = min(fixedpoint.EXP2_FRACTION_BITS, 32 - (vocabulary - 1).bit_length())
+    table = xp.asarray(fixedpoint.exp2_table())[below & 255].astype(xp.int64)
+    shift = xp.minimum(below >> 8, 40).astype(xp.int64) + (fixedpoint.EXP2_FRACTION_BITS - bits)
+    weights = fixedpoint.rounding_shift(table, shift)
+    return xp.where((weights << 16) >= (config.min_p << bits), weights, 0)
+
+
+def draw_rule(config: SamplingConfig, vocabulary: int) -> DrawRule:
+    """What `draw` does, and the key of its random words, for an engine that draws tokens itself."""
+    below = np.arange(2 * fixedpoint.LOGIT_LIMIT + 1, dtype=np.int32)
+    greedy = config.temperature == 0
+    weights = below == 0 if greedy else _weights(config, vocabulary, below)
+    top_k = 1 if greedy else config.top_k or vocabulary
+    key = noise.fold(noise.seed_key(config.seed), SAMPLING)
+    return DrawRule(weights.astype(np.int32), top_k, config.top_p, key)
+
+
 class Sampler:
     """Draws tokens from a model on an engine. The same seed gives the same tokens on every engine."""
 
     def __init__(self, engine: Engine, model: ModelConfig, parameters: Parameters, config: SamplingConfig):
         self.engine, self.model, self.parameters, self.config = engine, model, parameters, config
-        self._draw = engine.compile(lambda logits, random: draw(config, logits, random))
 
     def tokens(self, prompt_T: np.ndarray, count: int, length: int) -> Iterator[np.ndarray]:
-        """`length` times the next token of each of `count` samples: int32 [count].
+        """`length` tokens of each of `count` samples, as they are drawn: int32 [count, n], n at least 1.
 
         prompt_T: integers, at least one. Sample i of several equals sample i of any other count.
         """
         prompt = np.asarray(prompt_T, np.int32)
+        rule = draw_rule(self.config, self.model.vocabulary)
+        if isinstance(self.engine, SamplingEngine):
+            return self.engine.sample(self.parameters, prompt, rule, count, length)
+        return self._together(prompt, rule, count, length)
+
+    def _together(self, prompt: np.ndarray, rule: DrawRule, count: int, length: int) -> Iterator[np.ndarray]:
+        """All samples at once, token by token, on any engine."""
+        drawing = self.engine.compile(lambda logits, random: draw(self.config, logits, random))
         state: Array = initial_state(self.model, 1)
         logits: Array = None
         # Whole blocks first, then token by token: two shapes in all, so that nothing else is compiled.
@@ -124,13 +147,12 @@ class Sampler:
             logits, state = self.engine.forward(self.parameters, piece[None], state)
         state = np.repeat(np.asarray(state), count, axis=0)
         last = np.repeat(np.asarray(logits)[:, -1], count, axis=0)
-        key = noise.fold(noise.seed_key(self.config.seed), SAMPLING)
         samples = np.arange(count)
         for position in range(length):
             if position % 64 == 0:
-                words = noise.words(noise.fold(key, position), samples, 64)
-            token = np.asarray(self._draw(last, words[:, position % 64]))
-            yield token
+                words = noise.words(noise.fold(rule.key, position), samples, 64)
+            token = np.asarray(drawing(last, words[:, position % 64]))
+            yield token[:, None]
             if position + 1 < length:
                 logits, state = self.engine.forward(self.parameters, token[:, None], state)
                 last = logits[:, 0]

@@ -547,11 +547,11 @@ def _sample(parsed: argparse.Namespace) -> int:
     if parsed.count == 1:
         stream = Utf8Stream()
         _write(stream.feed(prompt))
-        for token in drawn:
-            _write(stream.feed(tokenizer.decode(token)))
+        for tokens_1xT in drawn:
+            _write(stream.feed(tokenizer.decode(tokens_1xT[0])))
         _write(stream.end() + "\n")
         return DONE
-    samples = np.stack(list(drawn), axis=1)
+    samples = np.concatenate(list(drawn), axis=1)
     for number, sample in enumerate(samples, 1):
         stream = Utf8Stream()
         text = stream.feed(prompt + tokenizer.decode(sample)) + stream.end()

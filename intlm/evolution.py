@@ -39,6 +39,16 @@ def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarr
     )
 
 
+def zeros(model_config: ModelConfig, config: EggrollConfig) -> EvolutionState:
+    """A state of nothing but zeros: the shapes and dtypes, without the noise of `initial`."""
+    return EvolutionState(
+        {name: np.zeros(shape, np.int16) for name, shape in model.shapes(model_config).items()},
+        np.zeros(model_config.vocabulary, np.int16),
+        model.initial_state(model_config, config.pairs),
+        eggroll.first_scales(config, model_config),
+    )
+
+
 class Evolution:
     """Steps a state through a run of `steps` steps on an engine."""
 

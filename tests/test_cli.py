@@ -40,6 +40,7 @@ TRAIN = [
 SHORT = ["train", "tiny", "--data", "text.txt", *SMALL, "--evaluate-every", "6", "--steps", "6"]
 REFERENCE = ["--engine", "reference"]
 XLA = ["--engine", "xla"]
+NATIVE = ["--engine", "native"]
 WEIGHT = ["--set", "estimator=weight"]
 GAUSSIAN = [*WEIGHT, "--set", "noise=gaussian", "--set", "fitness=sign", "--set", "update=threshold"]
 LONG = [*TRAIN, *REFERENCE, "--steps", str(STEPS)]
@@ -274,6 +275,27 @@ def test_engines_sample_the_same(home: Path, sampled: str) -> None:
     assert sample(home, "--seed", "3", "--prompt", "the naïve ", engine=XLA) == sampled
 
 
+needs_native = pytest.mark.skipif(not available_isas(), reason="installed without a native engine")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "words", [["--temperature", "0"], ["--top-k", "9", "--count", "2"], ["--count", "40"]]
+)
+def test_the_native_engine_samples_the_same(home: Path, words: list[str]) -> None:
+    words = [*words, "--seed", "3", "--prompt", "-"]
+    prompt = b"before \0 after" * 10
+    assert sample(home, *words, prompt=prompt, engine=NATIVE) == sample(home, *words, prompt=prompt)
+
+
+@needs_native
+def test_the_native_engine_samples_without_jax(home: Path, sampled: str) -> None:
+    words = ["sample", "whole", *NATIVE, "--tokens", "40", "--seed", "3", "--prompt", "the naïve "]
+    script = f"import sys; from intlm.cli import main; main({words!r}); sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=home, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.decode("utf-8"), done.stderr) == (0, sampled, b"")
+
+
 def test_a_prompt_from_a_file_and_from_standard_input(home: Path, sampled: str) -> None:
     (home / "prompt").write_text("the naïve ", encoding="utf-8")
     assert sample(home, "--seed", "3", "--prompt-file", "prompt") == sampled
@@ -315,8 +337,9 @@ def test_an_interrupted_command_ends_at_once(home: Path, delay: float) -> None:
     assert process.returncode == 130
 
 
-def test_text_is_shown_as_it_comes(home: Path) -> None:
-    process = start(home, ["sample", "whole", *REFERENCE, "--tokens", "1000000000"])
+@pytest.mark.parametrize("engine", [REFERENCE, pytest.param(NATIVE, marks=needs_native)])
+def test_text_is_shown_as_it_comes(home: Path, engine: list[str]) -> None:
+    process = start(home, ["sample", "whole", *engine, "--tokens", "1000000000"])
     assert process.stdout is not None
     try:
         assert len(process.stdout.read(100)) == 100

@@ -136,6 +136,14 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from intlm.engine import native
 native.__file__ = {str(library.parent / "native.py")!r}
 import test_native as t
+import test_native_sampling as s
+for config in s.MODELS.values():
+    for corruption in range(3):
+        parameters = s.extreme_parameters(config, 1, corruption)
+        for count in (2, 35):
+            sampling = s.SamplingConfig(top_k=30, top_p=60000, seed=count)
+            s.check(config, {isa!r}, parameters, sampling, [1, 0, 1], count, 9)
+s.test_nothing_overflows_at_the_largest_vocabulary({isa!r})
 for case in t.CASES:
     for seed in range({examples}):
         arguments = t.inputs(case, seed, seed)

@@ -10,6 +10,7 @@ from helpers import both, extreme_parameters, extremes, seeds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from eval import sampling_speed
 from eval.sampling import PROMPT_BLOCK, Sampler, SamplingConfig, Utf8Stream, draw, fixed
 from intlm import fixedpoint, model, noise
 from intlm.config import EggrollConfig, ModelConfig
@@ -215,7 +216,7 @@ def parameters():
 
 def sample(name="reference", prompt=(0, 5, 9), count=3, length=5, config=CONFIGS["all"]):
     sampler = Sampler(engine(name), MODEL, parameters(), config)
-    return np.stack(list(sampler.tokens(np.array(prompt), count, length)))
+    return np.concatenate(list(sampler.tokens(np.array(prompt), count, length)), axis=1).T
 
 
 PROMPTS = {
@@ -352,3 +353,18 @@ def test_fixed_reads_what_the_flags_mean():
         temperature=fixed("1.7", 8, "--temperature", 256), top_p=fixed("0.9", 16, "--top-p")
     )
     assert (config.temperature, config.top_p) == (435, 58982)
+
+
+# --- speed --------------------------------------------------------------------------------------------------
+
+
+def test_sampling_speed_is_measured_for_every_engine_and_number_of_samples():
+    said = []
+    found = sampling_speed.measure(MODEL, EGGROLL, ["reference", "xla"], [1, 3], 0, said.append)
+    assert [(result.engine, result.samples) for result in found] == [
+        ("reference", 1), ("reference", 3), ("xla", 1), ("xla", 3)
+    ]  # fmt: skip
+    assert all(result.rate > 0 for result in found) and said
+    lines = sampling_speed.table(found).splitlines()
+    assert len(lines) == 6 and lines[2].split()[:2] == ["reference", "1"]
+    assert found[0].as_dict() == {"engine": "reference", "samples": 1, "rate": found[0].rate}

@@ -16,7 +16,7 @@ from intlm import checkpoint, model
 from intlm.checkpoint import Checkpoint
 from intlm.engine.engine import Engine, make_engine
 from intlm.errors import InputError
-from intlm.evolution import Evolution, EvolutionState, initial
+from intlm.evolution import Evolution, EvolutionState, initial, zeros
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
@@ -295,8 +295,7 @@ def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parame
     """Configuration, tokenizer, int8 weights and meta of a checkpoint, for evaluation and sampling."""
     tokenizer = load_tokenizer(run.directory)
     config = _kept(run, tokenizer)
-    like = initial(config.model, config.eggroll, np.zeros(config.model.vocabulary, np.int64))
-    state, meta = restore(path, config, tokenizer, like)
+    state, meta = restore(path, config, tokenizer, zeros(config.model, config.eggroll))
     return config, tokenizer, model.parameters(state.masters, state.head_bias), meta
 
 

@@ -147,7 +147,7 @@ def sample_text(job: Job, parameters: Parameters) -> str:
     """A sample from the model, the same random numbers every time, so that samples can be compared."""
     sampler = Sampler(job.engine, job.config.model, parameters, SamplingConfig(temperature=205))
     prompt = np.array([job.tokenizer.separator])
-    tokens = [int(token[0]) for token in sampler.tokens(prompt, 1, SAMPLE_TOKENS)]
+    tokens = np.concatenate(list(sampler.tokens(prompt, 1, SAMPLE_TOKENS)), axis=1)[0]
     stream = Utf8Stream()
     return stream.feed(job.tokenizer.decode(tokens)) + stream.end()
 

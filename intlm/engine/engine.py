@@ -2,8 +2,11 @@
 
 import importlib
 import os
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.eggroll import Scales, Statistics, Votes
@@ -63,6 +66,41 @@ class Engine(Protocol):
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, written on arrays, as this engine runs it: traced and compiled, or as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class DrawRule:
+    """How a token is drawn from logits, in integers.
+
+    Tokens stand in order of their logits, the largest first, equal ones by number. The first `top_k` (1 to
+    65536) weigh `weights[l]` (int32, [4095], not rising, 0 to 2**24, the first one above 0), where l is the
+    distance of the logit below the largest; the others 0. With all their sum S, those before which the
+    weights reach S * top_p / 2**16 (top_p: 0 to 65536) weigh 0 as well, but for the first. With the sum S of
+    what is left, the token is the first up to which the sum passes r * S >> 31, r being the upper 31 bits of
+    the random word.
+
+    key: uint32 [2]; the word of token t of sample i is number t % 64 of row i of `noise.words` with the key
+    `noise.fold(key, t - t % 64)`.
+    """
+
+    weights: np.ndarray
+    top_k: int
+    top_p: int
+    key: np.ndarray
+
+
+@runtime_checkable
+class SamplingEngine(Engine, Protocol):
+    """An engine that has a way of its own to draw tokens, faster than `forward` token by token."""
+
+    def sample(
+        self, parameters: Parameters, prompt_T: np.ndarray, rule: DrawRule, count: int, length: int
+    ) -> Iterator[np.ndarray]:
+        """`length` tokens of each of `count` samples that go on from a prompt, a few at a time: int32 [count, n].
+
+        prompt_T: int32, at least one token.
+        """
         ...
 
 

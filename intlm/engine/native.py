@@ -1,34 +1,43 @@
 """The native engine: a fused evaluator in C++ for CPUs, with the instruction set chosen at run time.
 
 The library is compiled when the package is installed, where there is a C++ compiler, and loaded through ctypes.
-It evaluates the population, votes and the plain model; the update runs where `compile` puts it, on XLA.
+It evaluates the population, votes and the plain model, and it samples; the update runs where `compile` puts it,
+on XLA.
 """
 
 import ctypes
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
-from intlm.engine.engine import usable_cores
-from intlm.engine.xla import jit
+from intlm.engine.engine import DrawRule, usable_cores
 from intlm.errors import InputError, unknown
-from intlm.model import LAYER, TRAINED, Parameters, shapes
+from intlm.model import LAYER, TRAINED, Parameters, initial_state, shapes
 
 ISAS = {"scalar": 1, "avx2": 2, "avx512": 4, "amx": 8}
 """Instruction sets, slowest first, with their bits in `intlm_isas`."""
 
 SLICE_PAIRS = 4096
 """Pairs evaluated in one call; a larger population takes several, and its memory stays flat."""
+
+CALL_TOKENS = 64
+"""Tokens sampled or read in one call at most; between calls they are shown, and Ctrl-C is heard."""
+
+CALL_SECONDS = 0.02
+"""Calls grow while they take less."""
+
+SAMPLES_TOGETHER = 32
+"""From so many samples on, which fill a block of lanes, `forward` takes all of them through the model at once;
+fewer go by themselves, one after another."""
 
 _PLAIN, _ACTIVATION, _WEIGHT = range(3)
 _POINTER = ctypes.c_void_p
@@ -72,6 +81,22 @@ class _UpdateJob(ctypes.Structure):
     )
 
 
+class _SampleJob(ctypes.Structure):
+    _fields_ = (
+        ("weight", _POINTER),
+        *[(name, ctypes.c_int32) for name in ("top_k", "top_p")],
+        ("key", ctypes.c_uint32 * 2),
+        *[(name, ctypes.c_uint32) for name in ("sample", "position")],
+        ("text", _POINTER),
+        *[(name, ctypes.c_int32) for name in ("tokens", "count")],
+        *[(name, _POINTER) for name in ("state", "drawn", "logits")],
+    )
+
+
+_JOBS = {"": _StepJob, "sampler_": _SampleJob}
+"""What a handle runs, by the prefix of its entry points."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where the package was installed without one."""
@@ -80,16 +105,19 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(str(found[0]))
     loaded.intlm_layout.restype = ctypes.c_int64
-    layout = ctypes.sizeof(_ModelJob) << 32 | ctypes.sizeof(_StepJob) << 16 | ctypes.sizeof(_UpdateJob)
+    layout = 0
+    for job in (_ModelJob, _StepJob, _UpdateJob, _SampleJob):
+        layout = layout << 12 | ctypes.sizeof(job)
     if loaded.intlm_layout() != layout:
         raise InputError(f"{found[0]}: was built from another version of intlm; install the package again")
     for isa in _isas(loaded):
-        getattr(loaded, f"intlm_new_{isa}").restype = _POINTER
-        getattr(loaded, f"intlm_free_{isa}").argtypes = (_POINTER,)
-        getattr(loaded, f"intlm_read_{isa}").argtypes = (_POINTER, ctypes.POINTER(_ModelJob))
-        getattr(loaded, f"intlm_run_{isa}").argtypes = (_POINTER, ctypes.POINTER(_StepJob))
         getattr(loaded, f"intlm_update_{isa}").argtypes = (ctypes.POINTER(_UpdateJob),)
         getattr(loaded, f"intlm_update_{isa}").restype = None
+        for what, kind in _JOBS.items():
+            getattr(loaded, f"intlm_{what}new_{isa}").restype = _POINTER
+            getattr(loaded, f"intlm_{what}free_{isa}").argtypes = (_POINTER,)
+            getattr(loaded, f"intlm_{what}read_{isa}").argtypes = (_POINTER, ctypes.POINTER(_ModelJob))
+            getattr(loaded, f"intlm_{what}run_{isa}").argtypes = (_POINTER, ctypes.POINTER(kind))
         getattr(loaded, f"intlm_peak_{isa}").restype = ctypes.c_int64
         getattr(loaded, f"intlm_peak_{isa}").argtypes = (ctypes.c_int64, ctypes.c_int)
     return loaded
@@ -158,12 +186,15 @@ def measured_peak(isa: str, threads: int, seconds: float = 0.1) -> float:
 
 
 class _Evaluator:
-    """The evaluator of an instruction set: a model, and memory for calls. Frees itself."""
+    """The evaluator of an instruction set: a model, and memory for calls. Frees itself.
 
-    def __init__(self, loaded: ctypes.CDLL, isa: str, model: ModelConfig):
+    With the prefix "sampler_" its sampler, which is used in the same way.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL, isa: str, model: ModelConfig, prefix: str = ""):
         self._model = model
         self._read, self._run, self._free, new = (
-            getattr(loaded, f"intlm_{what}_{isa}") for what in ("read", "run", "free", "new")
+            getattr(loaded, f"intlm_{prefix}{what}_{isa}") for what in ("read", "run", "free", "new")
         )
         self._parameters: Parameters | None = None
         self._sites = [getattr(model, site) for site in ("gate", "candidate", "mlp")]
@@ -177,7 +208,7 @@ class _Evaluator:
         if not self._handle:
             raise MemoryError("the native engine could not be started")
 
-    def run(self, parameters: Parameters, job: _StepJob) -> None:
+    def run(self, parameters: Parameters, job: ctypes.Structure) -> None:
         """Do `job` on the model of these parameters, which are read where they are other ones than before."""
         if self._parameters is not parameters:
             self._parameters = None
@@ -210,6 +241,19 @@ class _Evaluator:
             self._free(self._handle)
 
 
+class _Pace:
+    """How many tokens the next call takes: more while calls take little time."""
+
+    tokens = 1
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        quick = time.perf_counter() - self._since < CALL_SECONDS
+        self.tokens = min(2 * self.tokens, CALL_TOKENS) if quick else max(1, self.tokens // 2)
+
+
 class NativeEngine:
     """C++ on all cores that the process may use."""
 
@@ -224,8 +268,10 @@ class NativeEngine:
         assert loaded is not None
         self.threads = threads or usable_cores()
         self.chunk = chunk or SLICE_PAIRS
+        self._library = loaded
         self._evaluator = _Evaluator(loaded, self.isa, model)
         self._update = getattr(loaded, f"intlm_update_{self.isa}")
+        self._sampler: _Evaluator | None = None  # holds the weights once more, packed for one stream
         # What of a step's job stays the same.
         self._shapes = {name: shapes(model)[name] for name in TRAINED}
         self._votes, self._masters, self._weights = (
@@ -289,7 +335,7 @@ class NativeEngine:
         return self._masters.named(after), next_scales, parameters, key
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` traced and compiled by XLA."""
+        """`function` traced and compiled by XLA, which is loaded for it."""
         return bundled(function)
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
@@ -311,6 +357,50 @@ class NativeEngine:
         )
         self._evaluator.run(parameters, job)
         return logits, after
+
+    def sample(
+        self, parameters: Parameters, prompt_T: np.ndarray, rule: DrawRule, count: int, length: int
+    ) -> Iterator[np.ndarray]:
+        """See `SamplingEngine.sample`."""
+        sampler = self._sampler = self._sampler or _Evaluator(self._library, self.isa, self.model, "sampler_")
+        weights, prompt = _array(rule.weights, np.int32), _array(prompt_T, np.int32)
+        if not prompt.size or prompt.min() < 0 or prompt.max() >= self.model.vocabulary:
+            raise ValueError(f"a prompt holds one or more of the tokens 0 to {self.model.vocabulary - 1}")
+        job = _SampleJob(weight=weights.ctypes.data, top_k=rule.top_k, top_p=rule.top_p)
+        job.key[:] = np.asarray(rule.key).tolist()
+
+        def run(drawn: np.ndarray, text: np.ndarray, state_LxD: np.ndarray) -> None:
+            """Read `text`, then draw as many tokens as `drawn` holds."""
+            job.text, job.tokens, job.state = text.ctypes.data, text.size, state_LxD.ctypes.data
+            job.drawn, job.count = drawn.ctypes.data, drawn.size
+            sampler.run(parameters, job)
+
+        pace, none = _Pace(), np.empty(0, np.int32)
+        states = initial_state(self.model, 1)
+        read = 0
+        while read < prompt.size - 1:
+            with pace:
+                piece = prompt[read : min(read + pace.tokens, prompt.size - 1)]
+                run(none, piece, states[0])
+                read += piece.size
+        states = np.repeat(states, count, axis=0)
+        last_Nx1 = np.repeat(prompt[None, -1:], count, axis=0)
+        together = count >= SAMPLES_TOGETHER
+        while job.position < length:
+            with pace:
+                size = 1 if together else min(pace.tokens, length - job.position)
+                drawn_NxT = np.empty((count, size), np.int32)
+                if together:
+                    logits, states = self.forward(parameters, last_Nx1, states)
+                    job.logits, job.drawn, job.count = logits.ctypes.data, drawn_NxT.ctypes.data, count
+                    sampler.run(parameters, job)
+                else:
+                    for sample in range(count):
+                        job.sample = sample
+                        run(drawn_NxT[sample], last_Nx1[sample], states[sample])
+            yield drawn_NxT
+            job.position += size
+            last_Nx1 = drawn_NxT[:, -1:]
 
     def population_step(
         self,
@@ -428,6 +518,10 @@ def bundled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Handing over an array costs a call microseconds, whatever its size, so that those of a dtype travel as one.
     """
+    import jax
+
+    from intlm.engine.xla import jit
+
     programs: dict[Any, Callable[..., Any]] = {}
 
     def call(*arguments: Any) -> Any:
@@ -455,6 +549,7 @@ def _joined(arrays: list[Any]) -> np.ndarray:
 
 def _unbundling(function: Callable[..., Any], tree: Any, kinds: tuple[Any, ...]) -> Callable[..., Any]:
     """`function` on what `bundled` makes of its arguments: a vector for each dtype, and the arguments left."""
+    import jax
 
     def unbundled(joined: dict[str, Any], others: list[Any]) -> Any:
         begin, left, leaves = dict.fromkeys(joined, 0), iter(others), []

@@ -1,4 +1,6 @@
 // Which instruction sets this processor has, and the layout of what is handed over.
+#include <initializer_list>
+
 #include "native.h"
 
 #if defined(__x86_64__)
@@ -41,6 +43,10 @@ extern "C" int intlm_isas(void) {
   return found;
 }
 
+// Of the sizes of the jobs, 12 bits each.
 extern "C" int64_t intlm_layout(void) {
-  return int64_t(sizeof(ModelJob)) << 32 | int64_t(sizeof(StepJob)) << 16 | int64_t(sizeof(UpdateJob));
+  int64_t layout = 0;
+  for (size_t size : {sizeof(ModelJob), sizeof(StepJob), sizeof(UpdateJob), sizeof(SampleJob)})
+    layout = layout << 12 | int64_t(size);
+  return layout;
 }

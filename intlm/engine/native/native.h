@@ -54,20 +54,35 @@ struct UpdateJob {
   int8_t *weight;
 };
 
+struct SampleJob {
+  const int32_t *weight;                // by the distance below the likeliest logit, [4095], not rising; 0 to 2^24
+  int32_t top_k, top_p;                 // 1 to 65536; Q16
+  uint32_t key[2], sample, position;    // of the noise; the number of the stream; tokens drawn before
+  const int32_t *text;                  // [tokens]: read before the first draw; at least one
+  int32_t tokens, count;                // the last token drawn is not read: it is the next call's text
+  int8_t *state;                        // [L, D], before and after
+  int32_t *drawn;                       // [count]
+  const int16_t *logits;                // [count, V]: where given, one token for each of `count` samples is drawn from
+                                        // these, and nothing is read
+};
+
 // An evaluator holds a model, its weights as the kernels read them, and memory for its calls, which are made one at
-// a time. `read` takes a model over; `read` and `run` return 0, or 1 where memory ran out.
+// a time; so does a sampler. `read` takes a model over; `read` and `run` return 0, or 1 where memory ran out.
 extern "C" {
 #define INTLM_DECLARE(isa)                                     \
   void *intlm_new_##isa(void);                                 \
   void intlm_free_##isa(void *);                               \
   int intlm_read_##isa(void *, const ModelJob *);              \
   int intlm_run_##isa(void *, const StepJob *);                \
-  void intlm_update_##isa(const UpdateJob *);
+  void intlm_update_##isa(const UpdateJob *);                  \
+  void *intlm_sampler_new_##isa(void);                         \
+  void intlm_sampler_free_##isa(void *);                       \
+  int intlm_sampler_read_##isa(void *, const ModelJob *);      \
+  int intlm_sampler_run_##isa(void *, const SampleJob *);
 INTLM_DECLARE(scalar)
 INTLM_DECLARE(avx2)
 INTLM_DECLARE(avx512)
 INTLM_DECLARE(amx)
 int intlm_isas(void);    // a bit for each instruction set that this processor and this build have: 1, 2, 4, 8
-// What the Python side has to agree with.
-int64_t intlm_layout(void);
+int64_t intlm_layout(void);  // what the Python side has to agree with
 }
