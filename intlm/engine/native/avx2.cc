@@ -1,5 +1,7 @@
-// AVX2. Its dot product saturates in 16 bits, so magnitudes (at most 127) meet signed weights: two products
-// make at most 2 * 127 * 127, which fits.
+// AVX2. Its dot product adds two products in 16 bits, and saturates. In general magnitudes (at most 127) meet weights
+// that have taken the sign over, and two products make at most 2 * 127 * 127. Weights that are read many times are made
+// such that stored activations (at most 255) can meet them as they are: no two neighbours pass 128 together, and the
+// rest is added apart.
 #include <immintrin.h>
 
 #define INTLM_ISA avx2
@@ -8,7 +10,8 @@
 
 namespace avx2 {
 typedef __m256i y;
-constexpr int DOT_EXCESS = 0, COLUMNS = 4;
+constexpr int DOT_EXCESS = 0, WEIGHTS_EXCESS = 128, PAIR_LIMIT = 128, COLUMNS = 4;
+constexpr bool PAIRS_SATURATE = true;
 #define INTLM_UNARY(To, name, From, expression)  \
   INLINE To name(From x) {                       \
     To r;                                        \
@@ -32,6 +35,22 @@ INLINE v16 dot4(v16 acc, b64 stored, v16 weights) {
     acc.parts[i] += (v16::part)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
   }
   return acc;
+}
+INLINE v16 dot4_weights(v16 acc, b64 stored, v16 weights) {
+  INTLM_EACH {
+    const y products = _mm256_maddubs_epi16((y)stored.parts[i], (y)weights.parts[i]);
+    acc.parts[i] += (v16::part)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+  }
+  return acc;
+}
+// Whether the magnitudes of two neighbours in `count` numbers (a multiple of 16) pass `limit` together.
+INLINE bool pairs_exceed(const int8_t *p, int count, int limit) {
+  __m128i any = _mm_setzero_si128();
+  for (int i = 0; i < count; i += 16) {
+    const __m128i sums = _mm_maddubs_epi16(_mm_abs_epi8(_mm_loadu_si128((const __m128i *)(p + i))), _mm_set1_epi8(1));
+    any = _mm_or_si128(any, _mm_cmpgt_epi16(sums, _mm_set1_epi16(int16_t(limit))));
+  }
+  return _mm_movemask_epi8(any) != 0;
 }
 INLINE v16 add_magnitudes(v16 total, b64 x) {
   INTLM_EACH {

@@ -4,7 +4,8 @@
 #include "preamble.inc"
 
 namespace scalar {
-constexpr int DOT_EXCESS = 0, COLUMNS = 4;
+constexpr int DOT_EXCESS = 0, WEIGHTS_EXCESS = 0, PAIR_LIMIT = 256, COLUMNS = 4;
+constexpr bool PAIRS_SATURATE = false;
 // `r[i] = expression` for the numbers i of each block of sixteen bytes of r; a and b are the operands' blocks.
 #define INTLM_BLOCKS(To, name, From, expression)                           \
   INLINE To name(From first, From second) {                                \
@@ -30,6 +31,8 @@ INLINE v16 dot4(v16 acc, b64 stored, v16 weights) {
   for (int j = 0; j < 4; ++j) acc += (((bytes >> (8 * j)) & 255) - 128) * ((weights << (24 - 8 * j)) >> 24);
   return acc;
 }
+INLINE bool pairs_exceed(const int8_t *, int, int) { return false; }
+INLINE v16 dot4_weights(v16 acc, b64 stored, v16 weights) { return dot4(acc, stored, weights); }
 INLINE v16 add_magnitudes(v16 total, b64 x) {
   for (int i = 0; i < 64; ++i) total[i / 4] += std::abs(int(x[i]));
   return total;
