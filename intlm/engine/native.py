@@ -162,7 +162,7 @@ def why_not_fast() -> str:
     """What to tell a person for whom XLA is used because the native engine is missing or slow here."""
     if not available_isas():
         return (
-            "using XLA, at about a third of the native engine's speed: that one was not built, for want of a "
+            "using XLA, at about a sixth of the native engine's speed: that one was not built, for want of a "
             "C++ compiler; install one (g++ or clang) and then this package again"
         )
     return "using XLA: this processor has no vector unit (AVX2 or AVX512) that the native engine is fast with"
