@@ -59,6 +59,7 @@ class _Timed:
 
     def __init__(self, engine: Engine):
         self._engine = engine
+        self.advance = engine.advance
         self.calls: list[tuple[float, float]] = []
 
     def population_step(self, *values: Any) -> Any:
