@@ -252,7 +252,10 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
 
 def _add_sample(commands: Any, name: str, describe: bool) -> None:
     command = commands.add_parser(
-        name, formatter_class=_Help, help="write text with a model", description="Sample text from a run."
+        name,
+        formatter_class=_Help,
+        help="write text with a model",
+        description="Sample text from a run. A blank line stands where the model ends a document.",
     )
     add = command.add_argument
     add("run", metavar="RUN", help="name of a run, its directory, or one of its checkpoints")
@@ -517,7 +520,7 @@ def _spoken(directory: Path) -> str:
 def _sample(parsed: argparse.Namespace) -> int:
     import numpy as np
 
-    from eval.sampling import Sampler, SamplingConfig, Utf8Stream, fixed
+    from eval.sampling import Sampler, SampleStream, SamplingConfig, fixed
     from intlm.engine.engine import make_engine
     from train.job import load_model
     from train.run import find_checkpoint
@@ -545,16 +548,16 @@ def _sample(parsed: argparse.Namespace) -> int:
     sampler = Sampler(engine, config.model, parameters, sampling)
     drawn = sampler.tokens(tokens, parsed.count, parsed.tokens)
     if parsed.count == 1:
-        stream = Utf8Stream()
-        _write(stream.feed(prompt))
+        stream = SampleStream(tokenizer)
+        _write(stream.start(prompt))
         for tokens_1xT in drawn:
-            _write(stream.feed(tokenizer.decode(tokens_1xT[0])))
+            _write(stream.feed(tokens_1xT[0]))
         _write(stream.end() + "\n")
         return DONE
     samples = np.concatenate(list(drawn), axis=1)
     for number, sample in enumerate(samples, 1):
-        stream = Utf8Stream()
-        text = stream.feed(prompt + tokenizer.decode(sample)) + stream.end()
+        stream = SampleStream(tokenizer)
+        text = stream.start(prompt) + stream.feed(sample) + stream.end()
         _write(f"--- sample {number} of {parsed.count} ---\n{text}\n")
     return DONE
 
