@@ -381,6 +381,8 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="instead compare with full-rank evolution strategies: matrices for every member")  # fmt: skip
     add("--host", action="store_true",
         help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
+    add("--sampling", action="store_true",
+        help="measure the tokens/s of sampling instead, of 1, 32 and 1024 samples")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_bench)
 
@@ -677,8 +679,13 @@ def _bench(parsed: argparse.Namespace) -> int:
     from eval.host import measure_host
     from eval.throughput import count_of_figures, measure, table
 
-    if parsed.full_rank and parsed.host:
-        raise InputError("--full-rank and --host: give one of the two")
+    wanted = [
+        f"--{name}" for name in ("full-rank", "host", "sampling") if vars(parsed)[name.replace("-", "_")]
+    ]
+    if len(wanted) > 1:
+        raise InputError(f"{' and '.join(wanted)}: give one of them")
+    if parsed.sampling:
+        return _bench_sampling(parsed)
     cases, config = _bench_cases(parsed)
     seconds = _seconds(parsed.seconds)
     count = len(cases) if parsed.host else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
@@ -704,6 +711,28 @@ def _bench(parsed: argparse.Namespace) -> int:
             results = measure(config, cases, seconds, progress)
             found, shown = list(results), table(results)
     _write((json.dumps([each.as_dict() for each in found], indent=2) if parsed.json else shown) + "\n")
+    return DONE
+
+
+def _bench_sampling(parsed: argparse.Namespace) -> int:
+    from eval.sampling_speed import SAMPLES, measure, table
+    from intlm.engine.native import available_isas
+    from train.config import TextConfig, resolve_config
+
+    for flag, given in (("--threads", parsed.threads), ("--population", parsed.populations)):
+        if given:
+            raise InputError(f"{flag}: not with --sampling, which takes the cores that it may use")
+    config = resolve_config(parsed.preset, parsed.settings, TextConfig(), 256)
+    engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
+
+    def say(line: str) -> None:
+        if sys.stderr.isatty():
+            print(line, file=sys.stderr)
+
+    results = measure(config.model, config.eggroll, engines, SAMPLES, _seconds(parsed.seconds), say)
+    _write(
+        (json.dumps([each.as_dict() for each in results], indent=2) if parsed.json else table(results)) + "\n"
+    )
     return DONE
 
 
