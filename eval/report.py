@@ -10,7 +10,7 @@ from intlm.errors import InputError
 from intlm.model import Parameters
 from tokenizer import Tokenizer
 from train.config import RunConfig
-from train.corpus import open_corpus
+from train.corpus import open_corpus, without_secrets
 from train.text import HELD_OUT_BYTES, first, load_text
 
 
@@ -71,12 +71,13 @@ def evaluate(
         raise InputError(
             f"{changed[0]} since the run {run} was trained; restore it, or name another with --data"
         )
-    names = ", ".join(config.text.data)
-    documents, name = text.held_out, config.text.held_out or f"held-out part of {names}"
+    names = ", ".join(config.text.names)
+    held_out_name = without_secrets(config.text.held_out)
+    documents, name = text.held_out, held_out_name or f"held-out part of {names}"
     if data is not None:
         corpus = open_corpus(data, config.text.text_field)
         documents, whole = first(corpus.documents(), HELD_OUT_BYTES)
-        name = data if whole else f"the first {HELD_OUT_BYTES >> 20} MiB of {data}"
+        name = corpus.name if whole else f"the first {HELD_OUT_BYTES >> 20} MiB of {corpus.name}"
     held_out = lay_out(documents, tokenizer)
     bits = Evaluator(engine, config.model, held_out).bits_per_byte(parameters)
     member_tokens = step * config.eggroll.population * config.eggroll.segment

@@ -15,6 +15,7 @@ from intlm.engine.engine import DrawRule, Engine, SamplingEngine
 from intlm.errors import InputError
 from intlm.fixedpoint import Array, namespace
 from intlm.model import Parameters, initial_state
+from tokenizer import Tokenizer
 
 SAMPLING = 0xFFFFFFFE
 """The counter that sets sampling's noise apart from training's and initialisation's."""
@@ -171,3 +172,40 @@ class Utf8Stream:
     def end(self) -> str:
         """What is left: a broken character, or nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+class SampleStream:
+    """What a person sees of tokens as they are drawn: text, and a blank line where a document ends.
+
+    A separator stands for no text: what comes after it has nothing to do with what was before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._text = Utf8Stream()
+        self._last = ""
+
+    def start(self, prompt: bytes) -> str:
+        """The text that samples go on from."""
+        return self._seen(self._text.feed(prompt))
+
+    def feed(self, tokens_T: np.ndarray) -> str:
+        """What 1-D `tokens_T` complete."""
+        first, *others = np.split(tokens_T, np.flatnonzero(tokens_T == self._tokenizer.separator))
+        shown = self._seen(self._text.feed(self._tokenizer.decode(first)))
+        for document in others:
+            shown += self._seen(self._text.end())
+            # None before the first document, and one where several have no text.
+            if self._last:
+                ended = len(self._last) - len(self._last.rstrip("\n"))
+                shown += self._seen("\n" * (2 - ended))
+            shown += self._seen(self._text.feed(self._tokenizer.decode(document[1:])))
+        return shown
+
+    def end(self) -> str:
+        """What is left: a broken character, or nothing."""
+        return self._text.end()
+
+    def _seen(self, text: str) -> str:
+        self._last = (self._last + text)[-2:]
+        return text

@@ -14,6 +14,7 @@ from intlm.evolution import initial
 from intlm.model import parameters
 
 ROUNDS = 5
+SAMPLES = (1, 32, 1024)
 TEMPERATURE = 205
 """In 1/256: the 0.8 of `intlm sample`."""
 

@@ -99,8 +99,8 @@ def survey(
     surveys = []
     for data in config.data:
         name, weight = parse_data(data)
-        documents = open_limited(name, config).documents()
-        surveys.append(_survey(name, weight, documents, tokenizer, progress))
+        corpus = open_limited(name, config)
+        surveys.append(_survey(corpus.name, weight, corpus.documents(), tokenizer, progress))
     per_step = eggroll.lanes * eggroll.segment
     steps = []
     for each in surveys:

@@ -252,7 +252,10 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
 
 def _add_sample(commands: Any, name: str, describe: bool) -> None:
     command = commands.add_parser(
-        name, formatter_class=_Help, help="write text with a model", description="Sample text from a run."
+        name,
+        formatter_class=_Help,
+        help="write text with a model",
+        description="Sample text from a run. A blank line stands where the model ends a document.",
     )
     add = command.add_argument
     add("run", metavar="RUN", help="name of a run, its directory, or one of its checkpoints")
@@ -378,6 +381,8 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="instead compare with full-rank evolution strategies: matrices for every member")  # fmt: skip
     add("--host", action="store_true",
         help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
+    add("--sampling", action="store_true",
+        help="measure the tokens/s of sampling instead, of 1, 32 and 1024 samples")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_bench)
 
@@ -517,7 +522,7 @@ def _spoken(directory: Path) -> str:
 def _sample(parsed: argparse.Namespace) -> int:
     import numpy as np
 
-    from eval.sampling import Sampler, SamplingConfig, Utf8Stream, fixed
+    from eval.sampling import Sampler, SampleStream, SamplingConfig, fixed
     from intlm.engine.engine import make_engine
     from train.job import load_model
     from train.run import find_checkpoint
@@ -545,16 +550,16 @@ def _sample(parsed: argparse.Namespace) -> int:
     sampler = Sampler(engine, config.model, parameters, sampling)
     drawn = sampler.tokens(tokens, parsed.count, parsed.tokens)
     if parsed.count == 1:
-        stream = Utf8Stream()
-        _write(stream.feed(prompt))
+        stream = SampleStream(tokenizer)
+        _write(stream.start(prompt))
         for tokens_1xT in drawn:
-            _write(stream.feed(tokenizer.decode(tokens_1xT[0])))
+            _write(stream.feed(tokens_1xT[0]))
         _write(stream.end() + "\n")
         return DONE
     samples = np.concatenate(list(drawn), axis=1)
     for number, sample in enumerate(samples, 1):
-        stream = Utf8Stream()
-        text = stream.feed(prompt + tokenizer.decode(sample)) + stream.end()
+        stream = SampleStream(tokenizer)
+        text = stream.start(prompt) + stream.feed(sample) + stream.end()
         _write(f"--- sample {number} of {parsed.count} ---\n{text}\n")
     return DONE
 
@@ -674,8 +679,13 @@ def _bench(parsed: argparse.Namespace) -> int:
     from eval.host import measure_host
     from eval.throughput import count_of_figures, measure, table
 
-    if parsed.full_rank and parsed.host:
-        raise InputError("--full-rank and --host: give one of the two")
+    wanted = [
+        f"--{name}" for name in ("full-rank", "host", "sampling") if vars(parsed)[name.replace("-", "_")]
+    ]
+    if len(wanted) > 1:
+        raise InputError(f"{' and '.join(wanted)}: give one of them")
+    if parsed.sampling:
+        return _bench_sampling(parsed)
     cases, config = _bench_cases(parsed)
     seconds = _seconds(parsed.seconds)
     count = len(cases) if parsed.host else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
@@ -701,6 +711,28 @@ def _bench(parsed: argparse.Namespace) -> int:
             results = measure(config, cases, seconds, progress)
             found, shown = list(results), table(results)
     _write((json.dumps([each.as_dict() for each in found], indent=2) if parsed.json else shown) + "\n")
+    return DONE
+
+
+def _bench_sampling(parsed: argparse.Namespace) -> int:
+    from eval.sampling_speed import SAMPLES, measure, table
+    from intlm.engine.native import available_isas
+    from train.config import TextConfig, resolve_config
+
+    for flag, given in (("--threads", parsed.threads), ("--population", parsed.populations)):
+        if given:
+            raise InputError(f"{flag}: not with --sampling, which takes the cores that it may use")
+    config = resolve_config(parsed.preset, parsed.settings, TextConfig(), 256)
+    engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
+
+    def say(line: str) -> None:
+        if sys.stderr.isatty():
+            print(line, file=sys.stderr)
+
+    results = measure(config.model, config.eggroll, engines, SAMPLES, _seconds(parsed.seconds), say)
+    _write(
+        (json.dumps([each.as_dict() for each in results], indent=2) if parsed.json else table(results)) + "\n"
+    )
     return DONE
 
 

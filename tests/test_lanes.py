@@ -26,11 +26,15 @@ class Wide:
     def encode(self, text):
         return np.array([2 * byte + 1 for byte in text if byte % 3], np.uint16)
 
+    def encode_batch(self, documents, threads=1):
+        return [self.encode(text) for text in documents]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream_module, "WINDOW_BYTES", 60)
+        patch.setattr(lanes_module, "ENCODED_BYTES", 20)
         patch.setattr(stream_module, "FRAGMENT_BYTES", 7)
         patch.setattr(lanes_module, "CHUNK_TOKENS", 200)
         patch.setattr(lanes_module, "MOST_SEGMENTS", 7)

@@ -217,3 +217,29 @@ def test_going_on_with_text_that_has_changed(here, corpora, seen, capsys):
     assert json.loads((here / "runs/one/data.json").read_bytes())["texts"]["files"].keys() == {
         "00.txt", "01.txt", "02.txt"
     }  # fmt: skip
+
+
+def test_secrets_of_urls_are_in_config_json_alone(here, capsys):
+    def command(secret, path="/text.jsonl"):
+        base = f"http://me:{secret}@127.0.0.1:{server.server_port}"
+        urls = [f"{base}{path}?id={number}x&sign={secret}" for number in (1, 2)]
+        return [*TRAIN, *(word for url in urls for word in ("--data", url))]
+
+    with serving(Server()) as server:
+        server.files = {"/text.jsonl": (json_lines(6), "1")}
+        assert main(command("hush")) == 0
+        [newest, *_] = sorted((here / "runs/tiny/checkpoints").iterdir(), reverse=True)
+        newest.unlink()
+        # A signature that was renewed is no other configuration.
+        assert main(command("husher")) == 0
+        assert main(["eval", "tiny"]) == 0
+        assert main(["data", command("hush")[-1]]) == 0
+        assert main(command("hush", "/other.jsonl")) == 2
+    shown = capsys.readouterr()
+    assert "text.data" in shown.err and "/other.jsonl" in shown.err
+    assert "hush" not in shown.out + shown.err
+    files = [path for path in here.rglob("*") if path.is_file()]
+    assert {path.name for path in files if b"hush" in path.read_bytes()} == {"config.json"}
+    fingerprints = json.loads((here / "runs/tiny/data.json").read_bytes())
+    url = server.url("/text.jsonl")
+    assert [*fingerprints] == [url, f"{url} (2)"]

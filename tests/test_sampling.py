@@ -11,11 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eval import sampling_speed
-from eval.sampling import PROMPT_BLOCK, Sampler, SamplingConfig, Utf8Stream, draw, fixed
+from eval.sampling import PROMPT_BLOCK, Sampler, SampleStream, SamplingConfig, Utf8Stream, draw, fixed
 from intlm import fixedpoint, model, noise
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine.engine import make_engine
 from intlm.errors import InputError
+from tokenizer import ByteTokenizer
 
 WORDS = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32)
 
@@ -311,6 +312,26 @@ def test_a_character_is_shown_when_it_is_whole():
     shown = [stream.feed(bytes([byte])) for byte in "a😀é".encode()]
     assert shown == ["a", "", "", "", "😀", "", "é"] and stream.end() == ""
     assert stream.feed(b"\xf0\x9f") == "" and stream.end() == "\ufffd"
+
+
+@given(st.lists(st.sampled_from([b"\0", b"a", b"\n", b"\xe2\x82", "é".encode()])), st.integers(0, 9))
+def test_a_blank_line_is_shown_between_documents(pieces, size):
+    stream, text = SampleStream(ByteTokenizer()), b"".join(pieces)
+    tokens = np.frombuffer(text, np.uint8).astype(np.int32)
+    # However few tokens come at once.
+    shown = "".join(map(stream.feed, np.split(tokens, range(1, len(tokens), size + 1)))) + stream.end()
+    expected = ""
+    for number, document in enumerate(text.split(b"\0")):
+        if number and expected:
+            expected += "\n" * max(0, 2 - len(expected) + len(expected.rstrip("\n")))
+        expected += document.decode(errors="replace")
+    assert shown == expected
+
+
+def test_documents_by_example():
+    stream = SampleStream(ByteTokenizer())
+    assert stream.start(b"") + stream.feed(np.array([0, 97, 0, 0, 98, 10, 0, 99])) == "a\n\nb\n\nc"
+    assert stream.feed(np.array([0xC3, 0])) == "\ufffd\n\n" and stream.end() == ""
 
 
 # --- numbers as people write them ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from helpers import assert_same
 from test_engines import CASES, inputs
 
-from eval import full_rank, throughput
+from eval import full_rank, sampling_speed, throughput
 from eval.host import measure_host
 from intlm import cli, eggroll, fixedpoint
 from intlm.cli import main
@@ -212,6 +212,21 @@ def test_full_rank(capsys, monkeypatch):
     assert (row["floor"] is None) == (not ISAS)
 
 
+def test_sampling(capsys, monkeypatch):
+    monkeypatch.setattr(sampling_speed, "ROUNDS", 1)
+    monkeypatch.setattr(sampling_speed, "SAMPLES", (1, 2))
+    words = ["bench", "tiny", "--sampling", "--engine", FASTEST, "--seconds", "0"]
+    assert main(words) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        [FASTEST, "1"], [FASTEST, "2"]
+    ]  # fmt: skip
+    assert main([*words, "--json"]) == 0
+    shown = capsys.readouterr()
+    rows = json.loads(shown.out)
+    assert shown.err == "" and [row["samples"] for row in rows] == [1, 2]
+    assert all(row["rate"] > 0 for row in rows)
+
+
 def test_host(capsys):
     config = EggrollConfig(population=8, segment=4)
     settings = ("population=8", "segment=4")
@@ -234,7 +249,9 @@ def test_host(capsys):
         (["--engine", "gpu"], "--engine: unknown 'gpu'"),
         (["--population", "7"], "population=7: must be an even number"),
         (["--set", "estimator=none"], "estimator: unknown 'none'"),
-        (["--full-rank", "--host"], "--full-rank and --host: give one of the two"),
+        (["--full-rank", "--host"], "--full-rank and --host: give one of them"),
+        (["--sampling", "--host"], "--host and --sampling: give one of them"),
+        (["--sampling", "--threads", "1"], "--threads: not with --sampling"),
     ],
 )
 def test_bad_input(capsys, words, expected):

@@ -11,6 +11,7 @@ from typing import Any
 
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.errors import InputError, unknown
+from train.corpus import without_secrets
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,16 @@ class TextConfig:
         names = [parse_data(data)[0] for data in self.data]
         for name in names:
             if names.count(name) > 1:
-                raise InputError(f"--data {name}: given twice (give it a weight instead, {name}=2)")
+                shown = without_secrets(name)
+                raise InputError(f"--data {shown}: given twice (give it a weight instead, {shown}=2)")
         if self.max_documents < 0:
             raise InputError(f"--max-documents {self.max_documents}: must be 0 or more")
+
+    @property
+    def names(self) -> list[str]:
+        """`data` without the secrets of URLs."""
+        parsed = map(parse_data, self.data)
+        return [format_data(without_secrets(name), weight) for name, weight in parsed]
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,13 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Nested dictionaries that JSON can hold."""
         return dataclasses.asdict(self)
+
+    def shown(self) -> dict[str, Any]:
+        """`as_dict` without the secrets of URLs, for checkpoints and messages."""
+        text = dataclasses.replace(self.text, data=("",), held_out=without_secrets(self.text.held_out))
+        values = dataclasses.replace(self, text=text).as_dict()
+        values["text"]["data"] = self.text.names
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> "RunConfig":

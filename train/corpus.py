@@ -4,7 +4,7 @@ A document is `bytes`. A corpus yields documents in a fixed order, from any of t
 of them out, `train.stream` orders the rest, and `train.lanes` turns them into the tokens of a step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from intlm.errors import InputError
@@ -27,7 +27,7 @@ class Corpus(Protocol):
     """Documents in a fixed order, to be read from any of them on."""
 
     name: str
-    """The corpus as the user wrote it."""
+    """The corpus as the user wrote it; of a URL, without secrets."""
 
     def read(self, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
         """Documents that are not empty, in a fixed order, from `cursor` on; each with the cursor behind it.
@@ -66,6 +66,26 @@ def open_corpus(name: str, text_field: str = "text", flag: str = "--data") -> Co
     if name.lower().startswith(("http://", "https://")):
         return remote.HttpCorpus(name, text_field, flag)
     return files.FilesCorpus(name, text_field, flag)
+
+
+def without_secrets(name: str) -> str:
+    """A corpus' name that may be shown and kept: of a URL, no user, no password, no query and no fragment."""
+    if not name.lower().startswith(("http://", "https://")):
+        return name
+    plain = name.partition("#")[0].partition("?")[0]
+    scheme, slashes, rest = plain.partition("//")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{slashes}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names, those that came before with a number behind: URLs may differ in their query alone."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = number = seen.get(name, 0) + 1
+        found.append(name if number == 1 else f"{name} ({number})")
+    return found
 
 
 def cut(document: bytes, size: int) -> list[bytes]:

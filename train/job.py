@@ -128,7 +128,7 @@ class Job:
             "recurrent": np.asarray(state.recurrent),
         }
         meta = {
-            "config": self.config.as_dict(),
+            "config": self.config.shown(),
             "step": state.step,
             "position": self.lanes.position,
             "tokenizer": self.tokenizer.digest,
@@ -271,7 +271,7 @@ def restore(
     for name in ("config", "text", "position"):
         if not isinstance(meta.get(name), dict):
             raise InputError(f"{path}: its meta lacks the {name}")
-    if changed := differences(meta["config"], config.as_dict()):
+    if changed := differences(meta["config"], config.shown()):
         raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
     wanted = {f"master.{name}": (value.shape, value.dtype) for name, value in like.masters.items()}
     wanted |= {f"scale.{name}": (value.shape, value.dtype) for name, value in like.scales.items()}
@@ -342,13 +342,13 @@ def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, aske
         config = dataclasses.replace(config, steps=kept.steps)
     elif request.steps is None:
         config = dataclasses.replace(config, steps=kept.steps, minutes=kept.minutes)
-    if changed := differences(kept.as_dict(), config.as_dict()):
+    if changed := differences(kept.shown(), config.shown()):
         assert run is not None
         raise InputError(
             f"{run.directory}: the run has another configuration: {'; '.join(changed)} "
             "(leave the flags out to resume it, or name a new run with --run)"
         )
-    return kept
+    return config  # the same, but for passwords and signatures in URLs, which may have been renewed
 
 
 def _minutes(text: str) -> Decimal:

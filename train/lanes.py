@@ -1,6 +1,7 @@
 """Many readers of one endless stream of tokens, in step with each other."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from intlm.engine.engine import usable_cores
 from intlm.errors import InputError
 from tokenizer import Tokenizer
+from train.corpus import numbered
 from train.stream import Stream
 
 CHUNK_TOKENS = 1 << 22
 MOST_SEGMENTS = 256
 FEWEST_SEGMENTS = 4
 """A chunk is 256 segments of every lane, or as many as make `CHUNK_TOKENS`, but at least 4."""
+ENCODED_BYTES = 1 << 20
+"""Text whose tokens are made together, by as many threads as there are cores."""
 POLL_SECONDS = 0.1
 CLOSE_SECONDS = 5.0
 
@@ -68,6 +73,7 @@ class Lanes:
             raise InputError(f"column: {column} (accepted: 0 to {self._segments - 1})")
         self._offset, self._column = offset, column
         self._rest: np.ndarray | None = None
+        self._encoded: dict[int, deque[np.ndarray]] = {}
         self._start: dict[str, Any] = {"sources": stream.places(), "offset": offset}
         self._chunk: _Chunk | None = None
         self._thread: threading.Thread | None = None
@@ -101,7 +107,7 @@ class Lanes:
     def epochs(self) -> dict[str, int]:
         """By corpus, how often it has been read to its end before this chunk."""
         start = self._chunk.start if self._chunk else self._start
-        names = (source.corpus.name for source in self._stream.sources)
+        names = numbered(source.corpus.name for source in self._stream.sources)
         return {name: place["epoch"] for name, place in zip(names, start["sources"], strict=True)}
 
     def wait(self, stop: Callable[[], bool]) -> bool:
@@ -159,6 +165,14 @@ class Lanes:
         self._chunk, self._ahead, self._thread = self._ahead, None, None
         self._look_ahead()
 
+    def _encode(self) -> np.ndarray:
+        """The tokens of the fragment at hand, which are made with those of the same source that come next."""
+        source = self._stream.current
+        encoded = self._encoded.setdefault(id(source), deque())
+        if not encoded:
+            encoded += self._tokenizer.encode_batch(source.upcoming(ENCODED_BYTES), usable_cores())
+        return encoded.popleft()
+
     def _build(self) -> _Chunk | None:
         """The next chunk: its tokens and the first one after them. None where that was cut short."""
         stream, tokenizer, rest = self._stream, self._tokenizer, self._rest
@@ -171,7 +185,7 @@ class Lanes:
         while True:
             text, opens = stream.fragment()
             if rest is None:
-                rest = tokenizer.encode(text)
+                rest = self._encode()
                 rest = (np.concatenate([separator, rest]) if opens else rest)[self._offset :]
             taken = min(len(rest), count + 1 - filled)
             tokens[filled : filled + taken] = rest[:taken]

@@ -23,7 +23,7 @@ from typing import Any
 
 from intlm.errors import InputError
 from train import formats
-from train.corpus import Corpus, Cursor, Fingerprint, SourceUnavailable
+from train.corpus import Corpus, Cursor, Fingerprint, SourceUnavailable, without_secrets
 
 RETRIES = 8
 """Tries after the first that fails, 255 s of waiting in all, each try up to `TIMEOUT` on top."""
@@ -49,9 +49,9 @@ class HttpCorpus(Corpus):
 
     def __init__(self, name: str, text_field: str = "text", flag: str = "--data", sleep: Sleep = time.sleep):
         """Look at the URL, without a request. `InputError` where it is none."""
-        self.name = name
         self._text_field = text_field
         self._source = _HttpSource(name, flag, sleep)
+        self.name = self._source.shown
 
     def read(self, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
         """See `Corpus.read`; `SourceUnavailable` after the last retry."""
@@ -309,13 +309,16 @@ class _HttpSource:
         try:
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise InputError(f"{flag}: {url!r} is no URL: {error}") from error
+        except ValueError:
+            host = None  # the error might quote a password
         if not host:
-            raise InputError(f"{flag}: {url!r} is no URL (accepted: http://HOST/FILE or https://HOST/FILE)")
+            shown = without_secrets(re.sub("//.*@", "//", url, flags=re.DOTALL))
+            raise InputError(
+                f"{flag}: {shown!r} is no URL (accepted: http://HOST/FILE or https://HOST/FILE; PORT: a number)"
+            )
         address = f"[{host}]" if ":" in host else host
         address += f":{port}" if port is not None else ""
-        self.shown = urllib.parse.urlunsplit((parts.scheme, address, parts.path, "", ""))
+        self.shown = without_secrets(url)
         self.label = f"{flag}: {self.shown!r}"
         self.name = PurePosixPath(urllib.parse.unquote(parts.path)).name
         plain = urllib.parse.urlunsplit((parts.scheme, address, parts.path, parts.query, ""))

@@ -89,6 +89,17 @@ class Source:
         number = self._order[self.place.index]
         return self._fragments[number], self._opens[number]
 
+    def upcoming(self, size: int) -> list[bytes]:
+        """The text at the place and what follows in this window, at least one fragment and about `size` bytes."""
+        texts = [self.fragment()[0]]
+        assert self._order is not None
+        for number in self._order[self.place.index + 1 :]:
+            if size <= 0:
+                break
+            texts.append(self._fragments[number])
+            size -= len(texts[-1])
+        return texts
+
     def advance(self) -> None:
         """Go on behind the fragment."""
         assert self._order is not None
@@ -171,6 +182,11 @@ class Stream:
     def fragment(self) -> tuple[bytes, bool]:
         """The text that the stream stands before, and whether it opens a document."""
         return self._current.fragment()
+
+    @property
+    def current(self) -> Source:
+        """The source of the fragment that the stream stands before."""
+        return self._current
 
     def advance(self) -> None:
         """Go on behind this fragment."""

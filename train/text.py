@@ -12,7 +12,7 @@ from eval.bits import HeldOut, lay_out
 from intlm.errors import InputError
 from tokenizer import Tokenizer
 from train.config import TextConfig, parse_data
-from train.corpus import Corpus, SourceUnavailable, cut, open_corpus
+from train.corpus import Corpus, SourceUnavailable, cut, numbered, open_corpus
 from train.run import differences
 from train.split import Split, content_key, opening
 from train.stream import Limited, Place, Source, Stream, shares
@@ -77,7 +77,8 @@ class Text:
 
     def fingerprints(self) -> dict[str, Any]:
         """By corpus, what tells at resume whether it has changed. JSON can hold it."""
-        return {part.corpus.name: part.corpus.fingerprint() for part in self.parts}
+        names = numbered(part.corpus.name for part in self.parts)
+        return {name: part.corpus.fingerprint() for name, part in zip(names, self.parts, strict=True)}
 
     def changes(self, fingerprints: Any, digests: Any) -> list[str]:
         """What is not as it was when the run had these `fingerprints` and its checkpoint these `digests`."""
