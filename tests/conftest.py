@@ -1,6 +1,7 @@
-"""One Hypothesis profile for all tests, and fast compilation for those that compile."""
+"""One Hypothesis profile for all tests, fast compilation for those that compile, and interrupts that arrive."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -12,3 +13,6 @@ settings.register_profile(
     "intlm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("intlm")
+
+# A shell starts what runs in the background with interrupts ignored, and commands that tests start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
