@@ -167,8 +167,9 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
         "--data",
         action="append",
         metavar="CORPUS[=WEIGHT]",
-        help="'stdlib', or a file, directory or glob of text or JSON lines; given again, a mixture whose bytes "
-        "come in proportion to the weights, integers (default: stdlib)",
+        help="'stdlib'; a file, directory or glob of text, JSON lines, Parquet or Arrow, also compressed; a URL; "
+        "or hf:NAME. Given again, a mixture whose bytes come in proportion to the weights, integers "
+        "(default: stdlib)",
         default=[],
     )
     add(
