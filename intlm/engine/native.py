@@ -336,7 +336,9 @@ class NativeEngine:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` traced and compiled by XLA, which is loaded for it."""
-        return bundled(function)
+        from intlm.engine.xla import jit
+
+        return jit(function)
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""
@@ -511,59 +513,6 @@ class _Bundle:
         if self._known is not None and self._known[0] is parts:
             return self._known[1]
         return np.concatenate([_array(parts[name], self._dtype).ravel() for name in self._shapes])
-
-
-def bundled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` traced and compiled by XLA, for arguments many of which are NumPy's.
-
-    Handing over an array costs a call microseconds, whatever its size, so that those of a dtype travel as one.
-    """
-    import jax
-
-    from intlm.engine.xla import jit
-
-    programs: dict[Any, Callable[..., Any]] = {}
-
-    def call(*arguments: Any) -> Any:
-        leaves, tree = jax.tree.flatten(arguments)
-        kinds = tuple((x.dtype.char, x.shape) if isinstance(x, _NUMPY) else None for x in leaves)
-        program = programs.get((tree, kinds))
-        if program is None:
-            program = programs[tree, kinds] = jit(_unbundling(function, tree, kinds))
-        bundles: dict[str, list[Any]] = {}
-        for leaf, kind in zip(leaves, kinds, strict=True):
-            if kind:
-                bundles.setdefault(kind[0], []).append(leaf)
-        joined = {char: _joined(arrays) for char, arrays in bundles.items()}
-        return program(joined, [leaf for leaf, kind in zip(leaves, kinds, strict=True) if not kind])
-
-    return call
-
-
-_NUMPY = (np.ndarray, np.generic)
-
-
-def _joined(arrays: list[Any]) -> np.ndarray:
-    return np.ravel(arrays[0]) if len(arrays) == 1 else np.concatenate([np.ravel(array) for array in arrays])
-
-
-def _unbundling(function: Callable[..., Any], tree: Any, kinds: tuple[Any, ...]) -> Callable[..., Any]:
-    """`function` on what `bundled` makes of its arguments: a vector for each dtype, and the arguments left."""
-    import jax
-
-    def unbundled(joined: dict[str, Any], others: list[Any]) -> Any:
-        begin, left, leaves = dict.fromkeys(joined, 0), iter(others), []
-        for kind in kinds:
-            if not kind:
-                leaves.append(next(left))
-                continue
-            char, shape = kind
-            end = begin[char] + math.prod(shape)
-            leaves.append(joined[char][begin[char] : end].reshape(shape))
-            begin[char] = end
-        return function(*jax.tree.unflatten(tree, leaves))
-
-    return unbundled
 
 
 def _array(values: Any, dtype: type) -> np.ndarray:
