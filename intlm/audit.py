@@ -4,6 +4,7 @@ JAX traces a function to a jaxpr, in which every value has a dtype. The walk goe
 (loops, conditions, calls), so that nothing between the arguments and the results escapes it.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from intlm import eggroll, fixedpoint, model, noise
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine.xla import XlaEngine
+from intlm.evolution import zeros
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ def audit(
     pairs = min(config.pairs, 4)
     engine = XlaEngine(model_config, config, chunk=2)
     key = noise.seed_key(0)
-    masters = model.initial_masters(model_config, key)
-    bias = model.head_bias(np.ones(model_config.vocabulary, np.int64))
-    parameters = model.parameters(masters, bias)
-    scales = eggroll.first_scales(config, model_config)
+    # Shapes and dtypes are all that a trace takes of its arguments.
+    like = zeros(model_config, dataclasses.replace(config, population=2 * pairs, pairs_per_lane=1))
+    masters, bias, scales, state = like.masters, like.head_bias, like.scales, like.recurrent
+    parameters = {name: np.broadcast_to(np.int8(0), value.shape) for name, value in masters.items()}
+    parameters["head_bias"] = bias
     tokens = np.zeros((pairs, config.segment + 1), np.int32)
-    state = model.initial_state(model_config, pairs)
-    votes = {name: np.zeros(value.shape, np.int32) for name, value in masters.items()}
+    votes = {name: np.broadcast_to(np.int32(0), value.shape) for name, value in masters.items()}
     with jax.enable_x64(True):
         step = jax.make_jaxpr(engine._population_slice, return_shape=True)
         _, shapes = step(parameters, key, scales, tokens, state, np.int32(0))

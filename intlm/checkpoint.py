@@ -20,7 +20,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from intlm.errors import InputError
+from intlm.errors import InputError, shown
+from intlm.untrusted import parse_json, refuse_holes
 
 FORMAT = "intlm-checkpoint"
 FORMAT_VERSION = 1
@@ -62,25 +63,29 @@ def read(path: Path) -> Checkpoint:
         # Looked at before it is opened: opening a named pipe would wait for its writer for ever.
         _refuse_what_is_no_file(path)
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = refuse_holes(file, path)
             header = _read_header(file, size, path)
             metadata = _read_metadata(header, path)
             _check_arrays(header, size - file.tell(), path)
             file.seek(0)
             content = file.read()
+    except MemoryError:
+        raise InputError(f"{path}: its {size} bytes do not fit into memory") from None
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
         arrays = load(content)
-    except (SafetensorError, ValueError) as error:
+    except MemoryError:
+        raise InputError(f"{path}: its {size} bytes do not fit into memory") from None
+    except (SafetensorError, ValueError, OverflowError) as error:
         raise _not_safetensors(path, error) from error
     if _digest(metadata["meta"], arrays) != metadata["sha256"]:
         raise InputError(f"{path}: damaged: its content does not match its SHA-256")
     try:
-        meta = json.loads(metadata["meta"])
-    except (ValueError, RecursionError):
+        meta = parse_json(metadata["meta"])
+    except ValueError:
         meta = None
     if not isinstance(meta, dict):
         raise InputError(f"{path}: not an intlm checkpoint: its meta is not a JSON object")
@@ -95,9 +100,9 @@ def expect(
     `path` is the file that the checkpoint came from, for the message.
     """
     if missing := arrays.keys() - checkpoint.arrays.keys():
-        raise InputError(f"{path}: array {min(missing)!r} is missing")
+        raise InputError(f"{path}: array {shown(min(missing))} is missing")
     if unknown := checkpoint.arrays.keys() - arrays.keys():
-        raise InputError(f"{path}: array {min(unknown)!r} is not one of this model's")
+        raise InputError(f"{path}: array {shown(min(unknown))} is not one of this model's")
     for name, (shape, dtype) in sorted(arrays.items()):
         found = checkpoint.arrays[name]
         if found.shape != shape or found.dtype != dtype:
@@ -203,8 +208,8 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, Any]:
     if length > size - 8:
         raise InputError(f"{path}: truncated: it has {size} bytes, its header ends at byte {8 + length}")
     try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
+        header = parse_json(file.read(length))
+    except ValueError as error:
         raise _not_safetensors(path, error) from error
     if not isinstance(header, dict):
         raise _not_safetensors(path, "its header is not a JSON object")
@@ -243,7 +248,7 @@ def _check_arrays(header: dict[str, Any], size: int, path: Path) -> None:
             code = str(entry["dtype"])
             end = max(end, int(entry["data_offsets"][1]))
         except (TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
-            raise _not_safetensors(path, f"array {name!r} lacks a dtype or offsets") from error
+            raise _not_safetensors(path, f"array {shown(name)} lacks a dtype or offsets") from error
         if code not in INTEGER_CODES:
             array = shorten(ascii(name), 80)
             raise InputError(f"{path}: array {array} is {code[:16]!r}; a checkpoint holds integers only")

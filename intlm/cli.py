@@ -89,8 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    # One line, whatever a file name or a library put into the message.
-    print("intlm:", " ".join(message.splitlines()), file=sys.stderr)
+    # One line, whatever a file name or a library put into the message, and nothing that drives a terminal.
+    line = " ".join(message.splitlines())
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    print("intlm:", shown, file=sys.stderr)
     return BAD_INPUT
 
 

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST_SHOWN = 100
+"""Characters of a value that a message quotes: what a file says may be millions."""
+
 
 class InputError(Exception):
     """Bad input from outside: a flag, a file, a configuration.
@@ -15,6 +18,16 @@ class InputError(Exception):
 def unknown(what: str, value: str, accepted: Iterable[str]) -> InputError:
     """An `InputError` for a name that is not among those accepted, with the nearest one suggested."""
     names = sorted(accepted)
-    near = difflib.get_close_matches(value.lower(), names, n=1)
+    near = difflib.get_close_matches(value[:LONGEST_SHOWN].lower(), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return InputError(f"{what}: unknown {value!r}{hint} (accepted: {', '.join(names)})")
+    return InputError(f"{what}: unknown {shown(value)}{hint} (accepted: {', '.join(names)})")
+
+
+def shown(value: object) -> str:
+    """`repr(value)` for a message, cut where it is long."""
+    return brief(repr(value))
+
+
+def brief(text: str) -> str:
+    """`text` for a message, cut where it is long."""
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"

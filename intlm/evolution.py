@@ -40,11 +40,18 @@ def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarr
 
 
 def zeros(model_config: ModelConfig, config: EggrollConfig) -> EvolutionState:
-    """A state of nothing but zeros: the shapes and dtypes, without the noise of `initial`."""
+    """A state of nothing but zeros: the shapes and dtypes, without the noise of `initial` and without memory.
+
+    The arrays cannot be written to: each is one zero, whatever the sizes in a configuration that came from a file.
+    """
+
+    def nothing(dtype: type, *shape: int) -> np.ndarray:
+        return np.broadcast_to(dtype(0), shape)
+
     return EvolutionState(
-        {name: np.zeros(shape, np.int16) for name, shape in model.shapes(model_config).items()},
-        np.zeros(model_config.vocabulary, np.int16),
-        model.initial_state(model_config, config.pairs),
+        {name: nothing(np.int16, *shape) for name, shape in model.shapes(model_config).items()},
+        nothing(np.int16, model_config.vocabulary),
+        nothing(np.int8, config.pairs, model_config.layers, model_config.width),
         eggroll.first_scales(config, model_config),
     )
 

@@ -70,9 +70,9 @@ def test_missing_tokenizer_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"tokenizer.json': damaged: not JSON$"),
-        (b"\xff\xfe\xff", r"tokenizer.json': damaged: not JSON$"),
-        (b"[" * 100_000, r"tokenizer.json': damaged: not JSON$"),
+        (b"{", r"tokenizer.json': damaged: not JSON \(at character 2\)$"),
+        (b"\xff\xfe\xff", r"tokenizer.json': damaged: not JSON \(no UTF-8 at byte 1\)$"),
+        (b"[" * 60_000, r"tokenizer.json': damaged: not JSON of ours \(nested deeper than 32\)$"),
         (b"[]", r"tokenizer.json': damaged: no 'kind' in it \(accepted: bytes, sentencepiece\)$"),
         (
             b'{"kind": ["bytes"]}',

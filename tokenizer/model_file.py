@@ -4,15 +4,24 @@ The format is Protocol Buffers' wire format: fields, each a number and a value. 
 encoded is read; the rest is left to the library.
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from intlm.errors import InputError
+from intlm.untrusted import refuse_special
 
 LARGEST_FILE = 64 << 20
 MOST_PIECES = 1 << 16
+LONGEST_PIECE = 4096
+"""Bytes of a piece, or of what an unknown one is decoded to; the library's own trainer makes up to 2048."""
+MOST_MESSAGES = 8
+"""Settings may come in several messages, which are merged."""
+MOST_PIECE_FIELDS = 8
+LARGEST_RULES = 8 << 20
+"""Bytes of the rules of normalisation; Unicode's own take 0.3 MB."""
 LONGEST_REPLACEMENT = 1024
 """Bytes that the normalisation may put for one character; the longest in Unicode's own tables are 33."""
 
@@ -70,8 +79,10 @@ class ModelFile:
         """The file at `path`. Raises InputError, naming `flag` and the file, for anything unusable."""
         where = f"{flag} {path}".strip()
         try:
+            refuse_special(path)
             with path.open("rb") as file:
-                content = file.read(LARGEST_FILE + 1)
+                # Not simply the most there may be, for which room would be taken at once.
+                content = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_FILE) + 1)
         except OSError as error:
             raise InputError(f"{where}: cannot be read: {error.strerror or error}") from error
         return cls.parse(content, where)
@@ -91,7 +102,11 @@ class ModelFile:
         pieces: list[Piece] = []
         trainer: dict[int, int | bytes] = {}
         normalizer: dict[int, int | bytes] = {}
-        for number, value, _ in _fields(content):
+        messages = 0
+        for number, value, _ in _fields(content, 2 * MOST_PIECES):
+            messages += number in (_TRAINER, _NORMALIZER)
+            if messages > MOST_MESSAGES:
+                raise ValueError("settings without end")
             if number == _PIECES:
                 pieces.append(_piece(_bytes(value)))
             elif number == _TRAINER:
@@ -103,33 +118,35 @@ class ModelFile:
         if len(pieces) > MOST_PIECES:
             raise InputError(f"{where}: {len(pieces):,} pieces (accepted: up to {MOST_PIECES:,})")
         rules = _bytes(normalizer.get(2, b""))
+        if len(rules) > LARGEST_RULES:
+            raise ValueError("rules without end")
         # Four bytes of size, an index of that size, then the replacements, each with a zero at its end.
         if max(map(len, rules[4 + int.from_bytes(rules[:4], "little") :].split(b"\0"))) > LONGEST_REPLACEMENT:
             raise ValueError("a replacement without end")
-        named = _bytes(normalizer.get(1, b"")).decode()
+        named = _text(normalizer.get(1, b""))
         return cls(
             content,
             tuple(pieces),
             KINDS[_number(trainer.get(3, 1))],
             (named or "a rule of its own") if rules else "",
-            bool(normalizer.get(3, 1)),
-            bool(normalizer.get(4, 1)),
-            bool(trainer.get(24, 0)),
-            bool(trainer.get(35, 0)),
-            _bytes(trainer.get(46, b"<s>")).decode(),
-            _bytes(trainer.get(44, b" \xe2\x81\x87 ")).decode(),
+            bool(_number(normalizer.get(3, 1))),
+            bool(_number(normalizer.get(4, 1))),
+            bool(_number(trainer.get(24, 0))),
+            bool(_number(trainer.get(35, 0))),
+            _text(trainer.get(46, b"<s>")),
+            _text(trainer.get(44, b" \xe2\x81\x87 ")),
         )
 
     def without_dummy_prefix(self) -> bytes:
         """The content with that setting off, and without the self-test, which was made with it on."""
-        kept = b"".join(raw for number, _, raw in _fields(self.content) if number != _SELF_TEST)
+        kept = b"".join(raw for number, _, raw in _fields(self.content, 2 * MOST_PIECES) if number != _SELF_TEST)
         # A message that comes twice is merged, the later value taking the place of the earlier.
         return kept + bytes([_NORMALIZER << 3 | _MESSAGE, 2, 3 << 3 | _VARINT, 0])
 
 
 def _piece(content: bytes) -> Piece:
-    fields = {number: value for number, value, _ in _fields(content)}
-    text, type_ = _bytes(fields.get(1, b"")).decode(), _number(fields.get(3, NORMAL))
+    fields = {number: value for number, value, _ in _fields(content, MOST_PIECE_FIELDS)}
+    text, type_ = _text(fields.get(1, b"")), _number(fields.get(3, NORMAL))
     if not text or not NORMAL <= type_ <= BYTE:
         raise ValueError("no piece")
     if type_ == BYTE and text != f"<0x{int(text[3:5], 16):02X}>":
@@ -137,10 +154,16 @@ def _piece(content: bytes) -> Piece:
     return Piece(text, struct.unpack("<f", _bytes(fields.get(2, bytes(4))))[0], type_)
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
-    """Number, value and raw bytes of each field. Raises ValueError or IndexError where it ends too early."""
-    position = 0
+def _fields(content: bytes, most: int = MOST_PIECES) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """Number, value and raw bytes of each field.
+
+    Raises ValueError or IndexError where it ends too early, ValueError for more than `most` fields.
+    """
+    position = count = 0
     while position < len(content):
+        count += 1
+        if count > most:
+            raise ValueError("fields without end")
         start = position
         key, position = _varint(content, position)
         number, wire = key >> 3, key & 7
@@ -179,6 +202,13 @@ def _bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
         raise ValueError("a number in place of text")
     return value
+
+
+def _text(value: int | bytes) -> str:
+    text = _bytes(value)
+    if len(text) > LONGEST_PIECE:
+        raise ValueError("a text without end")
+    return text.decode()
 
 
 def _number(value: int | bytes) -> int:

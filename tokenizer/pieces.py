@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from intlm.checkpoint import replace_file
-from intlm.errors import InputError
+from intlm.errors import InputError, shown
 from tokenizer.bytes import checked_tokens
 from tokenizer.model_file import (
     BYTE,
@@ -103,9 +103,9 @@ class SentencePieceTokenizer:
     def load(cls, directory: Path, saved: dict[str, Any]) -> "SentencePieceTokenizer":
         """The tokenizer that `save` wrote into `directory`; `saved` is what its tokenizer.json holds."""
         path = directory / MODEL
-        if saved.get("format") != FORMAT:
+        if type(saved.get("format")) is not int or saved["format"] != FORMAT:
             raise InputError(
-                f"{directory / 'tokenizer.json'}: format {saved.get('format')!r} (accepted: {FORMAT})"
+                f"{directory / 'tokenizer.json'}: format {shown(saved.get('format'))} (accepted: {FORMAT})"
             )
         file = ModelFile.read(path)
         if saved.get("sha256") != hashlib.sha256(file.content).hexdigest():

@@ -1,6 +1,5 @@
 """What every tokenizer offers, and how a saved one is read back."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from intlm.errors import InputError, unknown
+from intlm.untrusted import parse_json, read_file
 from tokenizer.bytes import ByteTokenizer
 from tokenizer.pieces import SentencePieceTokenizer
 
@@ -81,6 +81,10 @@ READERS: dict[str, Callable[[Path, dict[str, Any]], Tokenizer]] = {
 }
 
 
+LARGEST_JSON = 1 << 16
+"""Bytes of tokenizer.json."""
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote into `directory`.
 
@@ -88,11 +92,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     path = directory / "tokenizer.json"
     try:
-        saved = json.loads(path.read_bytes())
+        saved = parse_json(read_file(path, LARGEST_JSON))
     except OSError as error:
         raise InputError(f"{str(path)!r}: no tokenizer can be read here: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{str(path)!r}: damaged: not JSON") from error
+    except ValueError as error:
+        raise InputError(f"{str(path)!r}: damaged: {error}") from error
     kind = saved.get("kind") if isinstance(saved, dict) else None
     if not isinstance(kind, str):
         raise InputError(f"{str(path)!r}: damaged: no 'kind' in it (accepted: {', '.join(READERS)})")

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intlm.config import EggrollConfig, ModelConfig
-from intlm.errors import InputError, unknown
+from intlm.errors import InputError, shown, unknown
 from train.corpus import without_secrets
+
+
+MOST_CORPORA = 1024
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,15 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for a weight or a count out of range, and for a corpus that is named twice."""
-        names = [parse_data(data)[0] for data in self.data]
-        for name in names:
-            if names.count(name) > 1:
-                shown = without_secrets(name)
-                raise InputError(f"--data {shown}: given twice (give it a weight instead, {shown}=2)")
+        if len(self.data) > MOST_CORPORA:
+            raise InputError(f"--data: given {len(self.data)} times (accepted: up to {MOST_CORPORA} corpora)")
+        names = set[str]()
+        for data in self.data:
+            name = parse_data(data)[0]
+            if name in names:
+                public = without_secrets(name)
+                raise InputError(f"--data {public}: given twice (give it a weight instead, {public}=2)")
+            names.add(name)
         if self.max_documents < 0:
             raise InputError(f"--max-documents {self.max_documents}: must be 0 or more")
 
@@ -219,11 +226,11 @@ def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
                 or not value
                 or not all(isinstance(each, str) for each in value)
             ):
-                raise InputError(f"{source}: key {prefix}{name}={value!r} must be a list of strings")
+                raise InputError(f"{source}: key {prefix}{name}={shown(value)} must be a list of strings")
             made[name] = tuple(value)
         elif type(value) is not item.type:
             wanted = getattr(item.type, "__name__", item.type)
-            raise InputError(f"{source}: key {prefix}{name}={value!r} must be of type {wanted}")
+            raise InputError(f"{source}: key {prefix}{name}={shown(value)} must be of type {wanted}")
         else:
             made[name] = value
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-from intlm.errors import InputError
+from intlm.errors import InputError, shown
 from train.corpus import Cursor, cut
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def count(cursor: Cursor, key: str) -> int:
     """The number under a key of a cursor, 0 where there is none. `InputError` for what is no number of things."""
     value = cursor.get(key, 0)
     if not isinstance(value, int) or value < 0:
-        raise InputError(f"cursor: {key} is {value!r} (accepted: an integer from 0)")
+        raise InputError(f"cursor: {key} is {shown(value)} (accepted: an integer from 0)")
     return value
 
 

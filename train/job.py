@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from eval.baselines import baselines
+from eval.baselines import Baselines, baselines
 from eval.bits import Evaluator
-from intlm import checkpoint, model
+from intlm import checkpoint, fixedpoint, model
 from intlm.checkpoint import Checkpoint
 from intlm.engine.engine import Engine, make_engine
-from intlm.errors import InputError
+from intlm.errors import InputError, brief, shown
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
+from intlm.untrusted import parse_json, read_file
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
@@ -32,6 +33,9 @@ LONGEST_RUN = (1 << 31) - 1
 EVALUATIONS = 20
 """Evaluations and checkpoints in a run, where nothing else is asked for."""
 
+LARGEST_BASELINES = 1 << 16
+"""Bytes of `baselines.json`."""
+LARGEST_BASELINE = 1 << 62
 
 RUN_FILES = {"baselines.json", "checkpoints", "config.json", DATA, "tokenizer.json", "tokenizer.model"}
 """What a run is made of before its first step."""
@@ -156,9 +160,10 @@ def prepare(request: Request, say: Any) -> Job:
     lanes = _lanes(config, text, tokenizer)
     resumed = run is not None
     latest = run.latest() if run else None
-    # A checkpoint has the counts' head bias.
-    counts = np.zeros(tokenizer.vocabulary, np.int64) if latest else text.counts(tokenizer)
-    state = initial(config.model, config.eggroll, counts)
+    if latest:
+        state = zeros(config.model, config.eggroll)  # the checkpoint has the values, and may lack the shapes
+    else:
+        state = initial(config.model, config.eggroll, text.counts(tokenizer))
     if not config.steps:
         steps = _plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
         config = dataclasses.replace(config, steps=steps)
@@ -279,8 +284,12 @@ def restore(
         wanted[name] = (getattr(like, name).shape, getattr(like, name).dtype)
     checkpoint.expect(saved, wanted, path)
     if type(meta.get("step")) is not int or meta["step"] < 0:
-        raise InputError(f"{path}: its step, {meta.get('step')!r}, is no count")
+        raise InputError(f"{path}: its step, {shown(meta.get('step'))}, is no count")
+    if meta["step"] > config.steps:
+        raise InputError(f"{path}: its step, {shown(meta['step'])}, is past the run's {config.steps} steps")
     arrays = saved.arrays
+    for name, values in arrays.items():
+        _check_range(name, values, path)
     state = EvolutionState(
         {name: arrays[f"master.{name}"] for name in like.masters},
         arrays["head_bias"],
@@ -289,6 +298,26 @@ def restore(
         meta["step"],
     )
     return state, meta
+
+
+RANGES = {
+    "master": (-fixedpoint.MASTER_LIMIT, fixedpoint.MASTER_LIMIT),
+    "head_bias": (-fixedpoint.LOGIT_LIMIT, fixedpoint.LOGIT_LIMIT),
+    "recurrent": (-fixedpoint.WEIGHT_LIMIT, fixedpoint.WEIGHT_LIMIT),
+    "scale.shift": (0, 30),
+    "scale.difference": (1, 1 << 28),
+}
+"""What training can reach. Engines rely on it: a weight of -128 would be looked up beyond the end of a table."""
+
+
+def _check_range(name: str, values: np.ndarray, path: Path) -> None:
+    """Raise InputError where an array of a checkpoint holds a number that training cannot reach."""
+    low, high = next(limits for kind, limits in RANGES.items() if name == kind or name.startswith(f"{kind}."))
+    least, most = int(values.min()), int(values.max())
+    if least < low or most > high:
+        raise InputError(
+            f"{path}: array {name!r} holds {least if least < low else most} (accepted: {low} to {high})"
+        )
 
 
 def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, dict[str, Any]]:
@@ -311,7 +340,8 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
             f"the run's tokenizer ({tokenizer.name}) has {tokenizer.vocabulary} tokens"
         )
     if config.tokenizer != tokenizer.name:
-        raise InputError(f"{path}: key tokenizer={config.tokenizer}: the run's tokenizer is {tokenizer.name}")
+        said = brief(config.tokenizer)
+        raise InputError(f"{path}: key tokenizer={said}: the run's tokenizer is {tokenizer.name}")
     return config
 
 
@@ -396,8 +426,13 @@ def _plan_steps(
 
 
 def _read_baselines(path: Path) -> dict[str, float]:
-    """The baselines stored with the run; they are for people, so that a missing file is no error."""
+    """The baselines stored with the run; they are for people, so that a missing or damaged file is no error."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
+        values = parse_json(read_file(path, LARGEST_BASELINES))
+    except (InputError, OSError, ValueError):
         return {}
+    known = {item.name for item in dataclasses.fields(Baselines)}
+    if not isinstance(values, dict) or not known >= values.keys():
+        return {}
+    fits = all(type(value) in (int, float) and 0 <= value <= LARGEST_BASELINE for value in values.values())
+    return values if fits else {}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from intlm.engine.engine import usable_cores
-from intlm.errors import InputError
+from intlm.errors import InputError, shown
 from tokenizer import Tokenizer
 from train.corpus import numbered
 from train.stream import Stream
@@ -65,12 +65,12 @@ class Lanes:
             ("offset", offset, 0),
             ("column", column, 0),
         ):
-            if value < least:
-                raise InputError(f"{name}: {value} (accepted: {least} or more)")
+            if type(value) is not int or value < least:
+                raise InputError(f"{name}: {shown(value)} (accepted: {least} or more)")
         self._stream, self._tokenizer = stream, tokenizer
         self._lanes, self._segment, self._segments = lanes, segment, segments_of(lanes, segment)
         if column >= self._segments:
-            raise InputError(f"column: {column} (accepted: 0 to {self._segments - 1})")
+            raise InputError(f"column: {shown(column)} (accepted: 0 to {self._segments - 1})")
         self._offset, self._column = offset, column
         self._rest: np.ndarray | None = None
         self._encoded: dict[int, deque[np.ndarray]] = {}

@@ -12,6 +12,11 @@ import numpy as np
 
 from intlm.checkpoint import replace_file
 from intlm.errors import InputError
+from intlm.untrusted import parse_json, read_file
+
+LARGEST_FILE = 1 << 30
+"""Bytes of metrics that are read: those of a run of months."""
+LARGEST_STEP = (1 << 31) - 1
 
 
 class MetricsFile:
@@ -78,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, LARGEST_FILE)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -89,14 +94,18 @@ def _lines(content: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     whole = []
     for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
+            values = parse_json(line)
+        except ValueError:
             values = None
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
+        if isinstance(values, dict) and _is_step(values.get("step")):
             whole.append((line, values))
         elif number < len(lines):
             raise InputError(f"{path}: line {number} is damaged: not a JSON object with a step")
     return whole
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_STEP
 
 
 def _plain(value: object) -> int | float | bool:

@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from intlm.checkpoint import replace_file
-from intlm.errors import InputError
+from intlm.errors import LONGEST_SHOWN, InputError, brief
+from intlm.untrusted import parse_json, read_file
 
 RUNS = Path("runs")  # below the current directory
 CHECKPOINT_NAME = re.compile(r"step-([0-9]+)\.safetensors")
 
 
 DATA = "data.json"
+LARGEST_CONFIG = 1 << 20
+LARGEST_DATA = 256 << 20
+"""Bytes of `data.json`: the fingerprints of about two million files."""
 
 
 def encode_fingerprints(fingerprints: dict[str, Any]) -> bytes:
@@ -73,13 +77,13 @@ class Run:
         if not directory.is_dir():
             raise InputError(f"{directory}: no such run directory; `intlm train` makes a run")
         try:
-            config = json.loads(config_path.read_bytes())
+            config = parse_json(read_file(config_path, LARGEST_CONFIG))
         except FileNotFoundError:
             raise InputError(f"{directory}: no config.json; `intlm train` makes a run") from None
         except OSError as error:
             raise InputError(f"{config_path}: cannot be read: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{config_path}: damaged: not JSON") from error
+        except ValueError as error:
+            raise InputError(f"{config_path}: damaged: {error}") from error
         if not isinstance(config, dict):
             raise InputError(f"{config_path}: damaged: not a JSON object")
         return cls(directory, config)
@@ -93,8 +97,8 @@ class Run:
     def fingerprints(self) -> Any:
         """What `data.json` holds; None where it is missing or damaged."""
         try:
-            return json.loads((self.directory / DATA).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            return parse_json(read_file(self.directory / DATA, LARGEST_DATA))
+        except (InputError, OSError, ValueError):
             return None
 
     def keep_fingerprints(self, fingerprints: dict[str, Any]) -> None:
@@ -218,20 +222,21 @@ def differences(
     """One line for each key in which the run's configuration `old` and the command line's `new` differ.
 
     Keys of nested dicts are joined by dots. Values are compared as JSON has them: a tuple is a list, but true
-    is not 1. Empty where the two agree.
+    is not 1. Empty where the two agree. What is long is cut.
     """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
-        f"{key}: {has} {before.get(key, 'nothing')}, {says} {after.get(key, 'nothing')}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        f"{brief('.'.join(part[:LONGEST_SHOWN] for part in path))}: {has} {brief(before.get(path, 'nothing'))}, "
+        f"{says} {brief(after.get(path, 'nothing'))}"
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
     ]
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every value in nested dicts that is no dict (or an empty one), as (dotted key, JSON)."""
+def _leaves(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every value in nested dicts that is no dict (or an empty one), as (keys from the outermost in, JSON)."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, (*path, key))
         else:
-            yield f"{prefix}{key}", json.dumps(value)
+            yield (*path, key), json.dumps(value)

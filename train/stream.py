@@ -14,14 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from intlm.errors import InputError
+from intlm.errors import InputError, shown
 from train.corpus import Corpus, Cursor, Fingerprint, cut
+from train.formats import count as counted
 from train.split import UNCUT
 
 WINDOW_BYTES = 32 << 20
 """Training text that is shuffled together; a corpus of up to this is shuffled whole."""
 FRAGMENT_BYTES = 8 << 10
 """Text that stays together: longer documents are shuffled in fragments, so that no few of them fill a chunk."""
+
+
+LARGEST_COUNT = (1 << 63) - 1
+"""No place has a larger number in it: it is a count of bytes, rows or documents, or the size of a file."""
+LONGEST_COMMIT = 256
 
 
 @dataclass
@@ -49,8 +55,15 @@ class Place:
         if not isinstance(values, Mapping) or values.keys() != wanted.keys():
             raise ValueError("a place has other keys")
         for name, kind in wanted.items():
-            if type(values[name]) is not kind or (kind is int and values[name] < 0):
-                raise ValueError(f"{name} is {values[name]!r}")
+            if type(values[name]) is not kind or (kind is int and not 0 <= values[name] <= LARGEST_COUNT):
+                raise ValueError(f"{name} is {shown(values[name])}")
+        for key, value in values["cursor"].items():
+            if type(value) is int:
+                fits = key != "commit" and 0 <= value <= LARGEST_COUNT
+            else:
+                fits = key == "commit" and isinstance(value, str) and len(value) <= LONGEST_COMMIT
+            if not fits:
+                raise ValueError(f"cursor: {shown(key)} is {shown(value)}")
         return cls(**copy.deepcopy(dict(values)))
 
 
@@ -218,7 +231,7 @@ class Limited(Corpus):
     def read(self, cursor: Cursor) -> Iterator[tuple[bytes, Cursor]]:
         """See `Corpus.read`."""
         inner = {key: value for key, value in cursor.items() if key != "given"}
-        first = int(cursor.get("given", 0)) + 1
+        first = counted(cursor, "given") + 1
         if first <= self._limit:
             for number, (document, after) in enumerate(self._corpus.read(inner), start=first):
                 yield document, {**after, "given": number}
