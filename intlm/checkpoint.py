@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from intlm.errors import InputError, shown
+from intlm.errors import InputError, brief, shown
 from intlm.untrusted import parse_json, refuse_holes
 
 FORMAT = "intlm-checkpoint"
@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 
 # A header describes arrays and a configuration: kilobytes. The limit bounds what parsing a hostile one costs.
 HEADER_LIMIT = 4 << 20
+MOST_ARRAYS = 4096
 INTEGER_CODES = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"})
 
 
@@ -238,10 +239,12 @@ def _read_metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def _check_arrays(header: dict[str, Any], size: int, path: Path) -> None:
-    """Refuse arrays that are not integers or that need more than the `size` bytes after the header.
+    """Refuse arrays that are not integers, too many, or that need more than the `size` bytes after the header.
 
     The library checks the rest: that offsets neither overlap nor leave holes, and that shapes fit them.
     """
+    if len(header) > MOST_ARRAYS:
+        raise InputError(f"{path}: {len(header)} arrays (accepted: up to {MOST_ARRAYS})")
     end = 0
     for name, entry in header.items():
         try:
@@ -253,7 +256,9 @@ def _check_arrays(header: dict[str, Any], size: int, path: Path) -> None:
             array = shorten(ascii(name), 80)
             raise InputError(f"{path}: array {array} is {code[:16]!r}; a checkpoint holds integers only")
     if end > size:
-        raise InputError(f"{path}: truncated: it has {size} bytes of arrays, its header announces {end}")
+        raise InputError(
+            f"{path}: truncated: it has {size} bytes of arrays, its header announces {brief(str(end))}"
+        )
 
 
 def _not_safetensors(path: Path, why: object) -> InputError:

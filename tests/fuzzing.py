@@ -1,14 +1,14 @@
 """Hostile files for every loader: seeded mutations of valid ones, and a process that loads them within bounds.
 
-`python tests/fuzzing.py HOME LOADER FIRST COUNT` loads inputs FIRST to FIRST + COUNT - 1 and prints what came of them.
-An input is a function of the loader's name and its number, so that a failure can be repeated.
+`python tests/fuzzing.py HOME FIRST COUNT LOADER…` loads inputs FIRST to FIRST + COUNT - 1 (0: as many as in the long
+form) of the files in HOME, see `make_home`, and prints what came of them, a JSON line each. An input is a function of
+the loader's name and its number, so that a failure can be repeated.
 """
 
 import faulthandler
 import io
 import json
 import os
-import random
 import re
 import resource
 import struct
@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random as Source
 
 import numpy as np
 import sentencepiece
@@ -47,7 +48,6 @@ LONGEST_MESSAGE = 1000
 
 RUN = Path("runs/good")
 CHECKPOINT = RUN / "checkpoints/step-00000002.safetensors"
-Source = random.Random
 
 # --- mutations of bytes -------------------------------------------------------------------------------------
 
@@ -200,48 +200,51 @@ def file_of(header: object, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def signed(header: dict, data: bytes) -> bytes:
+def signed(header: object, data: bytes) -> bytes:
     """A checkpoint file with the digest that its content has, where it can be read at all."""
     content = file_of(header, data)
     try:
+        assert isinstance(header, dict)
         arrays = load_safetensors(content)
         header["__metadata__"]["sha256"] = checkpoint._digest(header["__metadata__"]["meta"], arrays)
-    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError, AttributeError):
+    except (AssertionError, KeyError, OverflowError, SafetensorError, TypeError, ValueError):
         return content
     return file_of(header, data)
 
 
-def mutated_header(source: Source, header: dict, data: bytes) -> tuple[dict, bytes]:
+def mutated_header(source: Source, header: dict, data: bytes) -> tuple[object, bytes]:
     """Offsets that overlap, other dtypes, shapes of the same size and of others, arrays renamed and dropped."""
     names = [name for name in header if name != "__metadata__"]
     for _ in range(source.choice([1, 1, 2, 4])):
         name, other = source.choice(names), source.choice(names)
-        entry = header.get(name)
-        if not isinstance(entry, dict):
+        if source.random() < 0.1:
+            return mutated_value(source, header), data
+        if name not in header or other not in header:
             continue
-        match source.randrange(9):
+        entry, offsets = header[name], header[other]["data_offsets"]
+        match source.randrange(8):
             case 0:
-                entry["dtype"] = source.choice(["I8", "U8", "I16", "U16", "I64", "U64", "F32", "BF16", "F8_E4M3", "BOOL", "", 0])
+                entry["dtype"] = source.choice(
+                    ["I8", "U8", "I16", "U16", "I64", "U64", "F32", "BF16", "F8_E4M3", "BOOL", "", 0]
+                )
             case 1:
-                entry["data_offsets"] = header.get(other, entry).get("data_offsets", [0, 0])
+                entry["data_offsets"] = offsets
             case 2:
                 entry["data_offsets"] = [source.choice(NASTY), source.choice(NASTY)]
             case 3:
-                start, end = (int(x) if isinstance(x, int) else 0 for x in (*entry["data_offsets"], 0, 0)[:2])
-                entry["data_offsets"] = [start + source.choice([-1, 0, 1, 2]), end + source.choice([-2, -1, 0, 1])]
+                entry["data_offsets"] = [
+                    end + source.choice([-2, -1, 0, 1]) for end in offsets if isinstance(end, int)
+                ]
             case 4:
-                entry["shape"] = source.choice([[], [0], entry["shape"][::-1], [1, *entry["shape"]], [1] * 65,
-                                                [0, 1 << 63], [1 << 32, 1 << 32], [-1], [source.choice(NASTY)]])  # fmt: skip
+                shapes = ([], [0], [1], [1] * 65, [0, 1 << 63], [1 << 32, 1 << 32], [-1], [source.choice(NASTY)])
+                entry["shape"] = source.choice([entry["shape"][::-1], [1, *entry["shape"]], *shapes])
             case 5:
                 header[name + "x"] = header.pop(name)
             case 6:
                 del header[name]
             case 7:
-                header["x" * source.choice([1, 100, 100_000])] = {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}
-            case 8:
-                header = mutated_value(source, header)
-                if not isinstance(header, dict):
-                    return {"x": header}, data
+                new = "x" * source.choice([1, 100, 100_000])
+                header[new] = {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}
     return header, data
 
 
@@ -285,13 +288,12 @@ def mutated_signed(source: Source, good: bytes, others: list[bytes]) -> bytes:
     header, data = header_of(good)
     kind = source.randrange(10)
     if kind == 0:
-        header, data = mutated_header(source, header, data)
-    elif kind < 4:
-        meta = mutated_value(source, json.loads(header["__metadata__"]["meta"]))
-        header["__metadata__"]["meta"] = dumped(meta).decode(errors="replace")
-    else:
-        header, data = mutated_arrays(source, header, data)
-    return signed(header, data) if isinstance(header.get("__metadata__"), dict) else file_of(header, data)
+        return signed(*mutated_header(source, header, data))
+    if kind > 3:
+        return signed(*mutated_arrays(source, header, data))
+    meta = mutated_value(source, json.loads(header["__metadata__"]["meta"]))
+    header["__metadata__"]["meta"] = dumped(meta).decode(errors="replace")
+    return signed(header, data)
 
 
 def mutated_numbers(source: Source, good: bytes, others: list[bytes]) -> bytes:
@@ -508,8 +510,8 @@ Mutation = Callable[[Source, bytes, list[bytes]], bytes]
 class Loader:
     """A kind of file. path: where it stands in the home; valid: further valid ones, by path.
 
-    load: reads it and uses what it says; `InputError` that names the file is the one way to refuse it. inputs: in
-    the long form.
+    load: reads it and uses what it says; `InputError` that names the file, or one that is `blamed` as well, is the
+    one way to refuse it. inputs: in the long form.
     """
 
     path: Path
@@ -517,13 +519,14 @@ class Loader:
     load: Callable[[Path], None]
     inputs: int
     valid: tuple[str, ...] = ()
+    blamed: tuple[str, ...] = ()
 
 
 LOADERS = {
     "checkpoint": Loader(CHECKPOINT, mutated_checkpoint, load_checkpoint, 20_000),
     "checkpoint, signed again": Loader(CHECKPOINT, mutated_signed, load_signed, 20_000),
     "its numbers": Loader(CHECKPOINT, mutated_numbers, load_state, 5_000),
-    "its position": Loader(CHECKPOINT, mutated_position, load_position, 6_000),
+    "its position": Loader(CHECKPOINT, mutated_position, load_position, 6_000, blamed=("text.txt",)),
     "config.json": Loader(RUN / "config.json", mutated_json, load_config, 15_000),
     "config.json and checkpoint": Loader(RUN / "config.json", mutated_json, load_config_and_checkpoint, 10_000),
     "data.json": Loader(RUN / "data.json", mutated_json, load_data, 5_000),
@@ -557,10 +560,8 @@ def make_home(home: Path) -> None:
 
 
 def input_of(name: str, number: int, valid: list[bytes]) -> bytes:
-    """Input number `number`: 0 and up are mutations; -1 and below are the valid files."""
-    if number < 0:
-        return valid[-number - 1]
-    source = random.Random(f"{name} {number}")
+    """Input number `number` of a loader, made of its valid files."""
+    source = Source(f"{name} {number}")
     return LOADERS[name].mutate(source, source.choice(valid), valid)
 
 
@@ -573,12 +574,33 @@ def complaint(name: str, path: Path) -> str:
         LOADERS[name].load(path)
     except InputError as error:
         text = str(error)
-        if "\n" in text or len(text) > LONGEST_MESSAGE or path.name not in text or "memory" in text:
+        named = any(word in text for word in (path.name, *LOADERS[name].blamed))
+        if "\n" in text or len(text) > LONGEST_MESSAGE or not named or "memory" in text:
             return f"said: {text[:2000]!r} ({len(text)} characters)"
         return "refused"
     except BaseException:
         return traceback.format_exc()
     return "accepted"
+
+
+def put(kind: str, path: Path) -> None:
+    """Something else in the place of a file."""
+    path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path.name)
+        case "holes":
+            with path.open("wb") as file:
+                file.truncate(1 << 42)
+        case _:
+            path.symlink_to(kind)
+
+
+PLACES = ("pipe", "directory", "loop", "holes", "/dev/zero", "/dev/full", "/dev/tty", "/nowhere")
 
 
 def memory(field: str) -> int:
@@ -588,41 +610,66 @@ def memory(field: str) -> int:
     return int(match[1]) << 10
 
 
-def run(name: str, first: int, count: int) -> dict[str, object]:
-    """Load inputs in the current directory; stops the process where one takes too long."""
-    loader = LOADERS[name]
-    files = [loader.path, *map(Path, loader.valid)]
-    valid = [path.read_bytes() for path in files]
-    for number in range(-len(valid), 0):
-        loader.path.write_bytes(valid[-number - 1])
-        if (found := complaint(name, loader.path)) != "accepted":
-            raise AssertionError(f"{name}: a valid file was not accepted: {found}")
-    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + MEMORY, resource.RLIM_INFINITY))
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    result: dict[str, object] = {"accepted": 0, "refused": 0}
-    slowest, failures = (0.0, -1), []
-    watch = os.open("number", os.O_RDWR | os.O_CREAT)
-    for number in range(first, first + count):
-        content = input_of(name, number, valid)
-        loader.path.write_bytes(content)
-        os.pwrite(watch, b"%-20d" % number, 0)
+class Watched:
+    """Loads what stands at a loader's place; too long a time ends the process."""
+
+    def __init__(self, name: str):
+        """Note the memory that this process has now; from now on there is `MEMORY` more."""
+        self._name = name
+        self.count = {"accepted": 0, "refused": 0}
+        self.slowest = (0.0, "")
+        self.failures: list[tuple[str, str]] = []
+        resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + MEMORY, resource.RLIM_INFINITY))
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        self._before = memory("VmRSS")
+
+    def load(self, what: str) -> None:
+        """Load it; `what` is what messages call it."""
+        print(json.dumps(["now", self._name, what]), flush=True)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         started = time.perf_counter()
-        found = complaint(name, loader.path)
-        slowest = max(slowest, (time.perf_counter() - started, number))
+        found = complaint(self._name, LOADERS[self._name].path)
+        self.slowest = max(self.slowest, (time.perf_counter() - started, what))
         faulthandler.cancel_dump_traceback_later()
-        if found in result:
-            result[found] += 1  # type: ignore[operator]
-        elif len(failures) < 10:
-            failures.append([number, found])
-    loader.path.write_bytes(valid[0])
-    peak = max(0, memory("VmHWM") - before)
-    return result | {"slowest": slowest, "peak": peak, "failures": failures}
+        if found in self.count:
+            self.count[found] += 1
+        else:
+            self.failures.append((what, found))
+
+    def told(self) -> dict[str, object]:
+        """What came of it; bytes and seconds."""
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        peak = max(0, memory("VmHWM") - self._before)
+        return self.count | {"slowest": self.slowest, "peak": peak, "failures": self.failures[:10]}
+
+
+def load_all(name: str, first: int, count: int) -> dict[str, object]:
+    """Load inputs in the current directory, then what is no file."""
+    loader = LOADERS[name]
+    valid = [path.read_bytes() for path in (loader.path, *map(Path, loader.valid))]
+    for content in valid:
+        loader.path.write_bytes(content)
+        if (found := complaint(name, loader.path)) != "accepted":
+            raise AssertionError(f"{name}: a valid file was not accepted: {found}")
+    watched = Watched(name)
+    for number in range(first, first + count):
+        loader.path.write_bytes(input_of(name, number, valid))
+        watched.load(str(number))
+    for kind in PLACES:
+        put(kind, loader.path)
+        watched.load(kind)
+        if not loader.path.is_symlink() and loader.path.is_dir():
+            loader.path.rmdir()
+        else:
+            loader.path.unlink()
+        loader.path.write_bytes(valid[0])
+    return watched.told()
 
 
 if __name__ == "__main__":
-    home, name, first, count = sys.argv[1:]
+    home, first, count, *names = sys.argv[1:]
     os.chdir(home)
     faulthandler.enable()
-    print(json.dumps(run(name, int(first), int(count))))
+    for name in names:
+        told = load_all(name, int(first), int(count) or LOADERS[name].inputs)
+        print(json.dumps(["done", name, told]), flush=True)

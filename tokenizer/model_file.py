@@ -19,7 +19,7 @@ LONGEST_PIECE = 4096
 """Bytes of a piece, or of what an unknown one is decoded to; the library's own trainer makes up to 2048."""
 MOST_MESSAGES = 8
 """Settings may come in several messages, which are merged."""
-MOST_PIECE_FIELDS = 8
+MOST_PIECE_FIELDS = 4
 LARGEST_RULES = 8 << 20
 """Bytes of the rules of normalisation; Unicode's own take 0.3 MB."""
 LONGEST_REPLACEMENT = 1024
