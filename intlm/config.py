@@ -7,7 +7,7 @@ Every number is an integer. `__post_init__` refuses what cannot run exactly: an 
 from dataclasses import dataclass
 
 from intlm import fixedpoint
-from intlm.errors import InputError, unknown
+from intlm.errors import InputError, shown, unknown
 
 ESTIMATORS = ("activation", "weight")
 NOISES = ("rademacher", "gaussian")
@@ -45,7 +45,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Raise InputError for a shape or an activation that no engine computes exactly."""
         if self.width < 64 or self.width % 64 or self.width > 8192:
-            raise InputError(f"width={self.width}: must be a multiple of 64, from 64 to 8192")
+            raise InputError(f"width={shown(self.width)}: must be a multiple of 64, from 64 to 8192")
         _within("layers", self.layers, 1, 256)
         _within("vocabulary", self.vocabulary, 2, 1 << 16)
         for site in ("gate", "candidate", "mlp"):
@@ -119,12 +119,13 @@ class EggrollConfig:
         _one_of("update", self.update, UPDATES)
         if self.population < 2 or self.population % 2 or self.population > 1 << 24:
             raise InputError(
-                f"population={self.population}: must be an even number from 2 to {1 << 24} "
+                f"population={shown(self.population)}: must be an even number from 2 to {1 << 24} "
                 "(antithetic pairs of members)"
             )
         if self.pairs_per_lane < 1 or self.pairs % self.pairs_per_lane:
             raise InputError(
-                f"pairs_per_lane={self.pairs_per_lane}: must divide the {self.pairs} pairs of the population"
+                f"pairs_per_lane={shown(self.pairs_per_lane)}: must divide the {self.pairs} pairs of the "
+                "population"
             )
         _within("segment", self.segment, 1, 4096)
         _within("rank", self.rank, 1, 16)
@@ -207,7 +208,7 @@ def reward_limit(eggroll: EggrollConfig) -> int:
 
 def _within(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise InputError(f"{name}={value}: must be from {low} to {high}")
+        raise InputError(f"{name}={shown(value)}: must be from {low} to {high}")
 
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:

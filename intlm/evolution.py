@@ -42,7 +42,7 @@ def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarr
 def zeros(model_config: ModelConfig, config: EggrollConfig) -> EvolutionState:
     """A state of nothing but zeros: the shapes and dtypes, without the noise of `initial` and without memory.
 
-    The arrays cannot be written to: each is one zero, whatever the sizes in a configuration that came from a file.
+    Each array is a single zero that cannot be written to, whatever sizes a configuration from a file has.
     """
 
     def nothing(dtype: type, *shape: int) -> np.ndarray:

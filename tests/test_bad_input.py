@@ -17,6 +17,7 @@ import pytest
 from intlm import checkpoint
 from intlm.checkpoint import Checkpoint
 from intlm.cli import main
+from train import job
 
 SMALL = ["--engine", "reference", "--set", "population=4", "--set", "segment=8"]
 TRAIN = ["train", "tiny", "--data", "text.txt", "--steps", "2", *SMALL]
@@ -149,8 +150,9 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
             [*NEW, "--data", f"latin.jsonl={weight}"],
             f"--data latin.jsonl={weight}: the weight {weight} must be an",
         )
-        for weight in ("0", "-1", "+1", "1.5", ".5", "1e3", "1000001", "9" * 5000, "٣1", "1_0")
+        for weight in ("0", "-1", "+1", "1.5", ".5", "1e3", "1000001", "٣1", "1_0")
     ),
+    ([*NEW, "--data", "latin.jsonl=" + "9" * 5000], f"the weight {'9' * 100}… must be an integer from 1 to"),
     ([*NEW, "--data", "nowhere=2"], "--data: 'nowhere' does not exist"),
     ([*NEW, "--data", "nowhere=2=1"], "--data: 'nowhere=2' does not exist"),
     ([*NEW, "--data", "=2"], "--data: the name is empty"),
@@ -365,6 +367,27 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: rewrite(path, lambda saved: saved.meta.update(config=[1])), "its meta lacks the config"),
     (lambda path: rewrite(path, lambda saved: saved.meta.pop("text")), "its meta lacks the text"),
     (lambda path: rewrite(path, lambda saved: saved.meta.pop("step")), "its step, None, is no count"),
+    (lambda path: rewrite(path, lambda saved: saved.meta.update(step=True)), "its step, True, is no count"),
+    (
+        lambda path: rewrite(path, lambda saved: saved.meta.update(step=3)),
+        "its step, 3, is past the run's 2 steps",
+    ),
+    *(
+        (
+            lambda path, name=name, value=value: rewrite(
+                path, lambda saved: saved.arrays[name].reshape(-1).__setitem__(-1, value)
+            ),
+            f"array {name!r} holds {value} (accepted: {accepted})",
+        )
+        for name, value, accepted in (
+            ("master.embedding", 32513, "-32512 to 32512"),
+            ("master.mlp_out", -32513, "-32512 to 32512"),
+            ("head_bias", 2048, "-2047 to 2047"),
+            ("recurrent", -128, "-127 to 127"),
+            ("scale.shift.head", 31, "0 to 30"),
+            ("scale.shift.gate_input", -1, "0 to 30"),
+        )
+    ),
     (
         lambda path: rewrite(path, lambda saved: saved.meta.update(position=-1)),
         "its meta lacks the position",
@@ -429,7 +452,10 @@ def test_a_damaged_metrics_file(copy: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ({"column": 256}, "column: 256 (accepted: 0 to 255)"),
         ({"column": -1}, "column: -1 (accepted: 0 or more)"),
-        ({"offset": None}, "position is damaged"),
+        ({"offset": None}, "offset: None (accepted: 0 or more)"),
+        ({"offset": 1.5}, "offset: 1.5 (accepted: 0 or more)"),
+        ({"column": True}, "column: True (accepted: 0 or more)"),
+        ({"column": 10**900}, "column: 1000"),
         ({"sources": []}, "no place in the text: "),
         ({"sources": [{}]}, "no place in the text: a place has other keys"),
         ({"sources": 3}, "no place in the text: "),
@@ -442,6 +468,49 @@ def test_a_damaged_position(
     line = refused(capsys, GOOD)
     assert f"{LAST}: its position is damaged: " in line
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"epoch": 1 << 63}, "epoch is 9223372036854775808"),
+        ({"epoch": 10**900}, "epoch is 1000"),
+        ({"skip": -1}, "skip is -1"),
+        ({"documents": 0.5}, "documents is 0.5"),
+        ({"bytes": True}, "bytes is True"),
+        ({"cursor": [0]}, "cursor is [0]"),
+        ({"cursor": {"offset": "0"}}, "cursor: 'offset' is '0'"),
+        ({"cursor": {"offset": 1 << 63}}, "cursor: 'offset' is 9223372036854775808"),
+        ({"cursor": {"file": {"a": 1}}}, "cursor: 'file' is {'a': 1}"),
+        ({"cursor": {"commit": 1}}, "cursor: 'commit' is 1"),
+        ({"cursor": {"commit": "x" * 257}}, "cursor: 'commit' is 'xxx"),
+        ({"cursor": {"given": None}}, "cursor: 'given' is None"),
+    ],
+)
+def test_a_damaged_place(copy: Path, capsys: pytest.CaptureFixture[str], change: dict, expected: str) -> None:
+    rewrite(copy / LAST, lambda saved: saved.meta["position"]["sources"][0].update(change))
+    line = refused(capsys, GOOD)
+    assert f"{LAST}: its position is damaged: no place in the text: {expected}" in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"5", b"[]", b"[" * 100_000, b'{"gzip": "x"}', b'{"gzip": 1e400}', b'{"gzip": NaN}', b'{"gzip": -1}',
+     b'{"gzip": true}', b'{"gzip": 1, "gzip": 2}', b'{"x": 1.0}', b'{"gzip": 9223372036854775808}'],
+)  # fmt: skip
+def test_damaged_baselines_are_not_drawn(copy: Path, content: bytes) -> None:
+    """They are for people: training goes on without them."""
+    path = copy / "runs/good/baselines.json"
+    assert set(job._read_baselines(path)) >= {"gzip", "xz", "unigram", "bytes"}
+    path.write_bytes(content)
+    assert job._read_baselines(path) == {}
+
+
+def test_more_corpora_than_there_may_be(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [word for number in range(1025) for word in ("--data", f"{number}.txt")]
+    line = refused(capsys, ["train", "tiny", *data, "--steps", "2", "--run", "new"])
+    assert "--data: given 1025 times (accepted: up to 1024 corpora)" in line
 
 
 def test_a_changed_corpus(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,11 @@ def test_zeros_after_a_power_cut_are_a_torn_line(path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "5", '{"train": 1}', '{"step": "1"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", "[]", "5", '{"train": 1}', '{"step": "1"}', "[" * 100_000, '{"step": true}', '{"step": -1}',
+     '{"step": 1e400}', '{"step": 2147483648}', '{"step": 1, "step": 1}', '{"step": 1, "train": NaN}'],
+)  # fmt: skip
 def test_damage_inside_is_not_tolerated(path: Path, line: str) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
@@ -98,6 +102,13 @@ def test_damage_inside_is_not_tolerated(path: Path, line: str) -> None:
             read(path)
         assert str(raised.value) == f"{path}: line 2 is damaged: not a JSON object with a step"
     assert path.read_bytes() == content
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    for read in (read_metrics, lambda path: MetricsFile.open(path, 2)):
+        with pytest.raises(InputError, match=r"pipe: is not a regular file$"):
+            read(tmp_path / "pipe")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzzing import field_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -407,6 +408,34 @@ def test_a_replacement_without_end_is_refused(models: dict[str, Path], tmp_path:
         models["bpe"].read_bytes() + b"\x1a" + bytes([size & 127 | 128, size >> 7]) + spec
     )
     assert "damaged" in refusal(tmp_path / "x.model")
+
+
+MANY = {
+    "messages of settings": field_of(3, b"") * 9,
+    "fields that nobody knows": field_of(99, 0) * 140_000,
+    "fields of a piece": field_of(1, field_of(3, 1) * 4 + field_of(1, b"abcd")),
+    "fields of the trainer": field_of(2, field_of(99, 0) * 65_537),
+    "letters in a piece": field_of(1, field_of(1, b"x" * 4097)),
+    "letters in what an unknown piece is decoded to": field_of(2, field_of(44, b"x" * 4097)),
+    "rules": field_of(3, field_of(2, bytes((8 << 20) + 1))),
+    "text in place of a flag": field_of(3, field_of(3, b"")),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_models_without_end_are_refused(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.model"
+    path.write_bytes(models["bpe"].read_bytes() + MANY[name])
+    assert "damaged, or no SentencePiece model" in refusal(path)
+
+
+def test_models_with_much_are_read(models: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "x.model"
+    more = field_of(3, b"") * 3 + field_of(99, 0) * 100_000 + field_of(2, field_of(99, 0) * 60_000)
+    path.write_bytes(
+        models["bpe"].read_bytes() + more + field_of(1, field_of(1, b"x" * 4096) + field_of(2, bytes(4), 5))
+    )
+    assert open_tokenizer(str(path)).vocabulary == VOCABULARY + 1
 
 
 def damaged(good: bytes, seed: int) -> bytes:

@@ -139,7 +139,9 @@ class ModelFile:
 
     def without_dummy_prefix(self) -> bytes:
         """The content with that setting off, and without the self-test, which was made with it on."""
-        kept = b"".join(raw for number, _, raw in _fields(self.content, 2 * MOST_PIECES) if number != _SELF_TEST)
+        kept = b"".join(
+            raw for number, _, raw in _fields(self.content, 2 * MOST_PIECES) if number != _SELF_TEST
+        )
         # A message that comes twice is merged, the later value taking the place of the earlier.
         return kept + bytes([_NORMALIZER << 3 | _MESSAGE, 2, 3 << 3 | _VARINT, 0])
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intlm.config import EggrollConfig, ModelConfig
-from intlm.errors import InputError, shown, unknown
+from intlm.errors import InputError, brief, shown, unknown
 from train.corpus import without_secrets
-
 
 MOST_CORPORA = 1024
 
@@ -38,11 +37,11 @@ class TextConfig:
         for data in self.data:
             name = parse_data(data)[0]
             if name in names:
-                public = without_secrets(name)
+                public = brief(without_secrets(name))
                 raise InputError(f"--data {public}: given twice (give it a weight instead, {public}=2)")
             names.add(name)
         if self.max_documents < 0:
-            raise InputError(f"--max-documents {self.max_documents}: must be 0 or more")
+            raise InputError(f"--max-documents {shown(self.max_documents)}: must be 0 or more")
 
     @property
     def names(self) -> list[str]:
@@ -122,8 +121,8 @@ def parse_data(text: str) -> tuple[str, int]:
         return text, 1
     if not weight.isdecimal() or not weight.isascii() or not 1 <= int(weight[:20]) <= HEAVIEST:
         raise InputError(
-            f"--data {text}: the weight {weight} must be an integer from 1 to {HEAVIEST} (a name that ends so is "
-            f"written with a weight after it, {text}=1)"
+            f"--data {brief(text)}: the weight {brief(weight)} must be an integer from 1 to {HEAVIEST} (a name "
+            f"that ends so is written with a weight after it, {brief(text)}=1)"
         )
     return name, int(weight)
 

@@ -333,7 +333,7 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
     path = run.directory / "config.json"
     config = RunConfig.from_dict(run.config, str(path))
     if not 1 <= config.steps <= LONGEST_RUN:
-        raise InputError(f"{path}: key steps={config.steps}: must be from 1 to {LONGEST_RUN}")
+        raise InputError(f"{path}: key steps={shown(config.steps)}: must be from 1 to {LONGEST_RUN}")
     if config.model.vocabulary != tokenizer.vocabulary:
         raise InputError(
             f"{path}: key model.vocabulary={config.model.vocabulary}: "
