@@ -122,7 +122,8 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # a link there would be written through, and a pipe waited for
+            with temporary.open("xb") as file:
                 for chunk in chunks:
                     file.write(chunk)
                 file.flush()

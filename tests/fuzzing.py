@@ -42,8 +42,9 @@ from train.metrics import MetricsFile, read_metrics
 from train.run import Run
 from train.text import load_text
 
-MEMORY = 256 << 20
-"""Bytes that loading and using an input may take beyond what the valid files took. Inputs have up to 4 MiB."""
+MEMORY = 192 << 20
+"""Bytes that loading and using an input may take beyond what the valid files took."""
+LONGEST_INPUT = 1 << 20
 SECONDS = 5
 LONGEST_MESSAGE = 1000
 
@@ -89,7 +90,8 @@ def mutated_bytes(source: Source, good: bytes, others: list[bytes]) -> bytes:
                 content[place : place + size] = bytes([source.choice([0, 255, 32])]) * size
             case 9:
                 content += source.randbytes(size) if size < 4096 else bytes(size)
-    return bytes(content[: 2 << 20])
+        del content[LONGEST_INPUT:]
+    return bytes(content)
 
 
 # --- mutations of JSON --------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ def mutated_fields(source: Source, content: bytes, others: list[bytes], depth: i
             case 0:
                 raws[index] = b""
             case 1:
-                raws[index] = (raws[index] * source.choice([2, 3, 1000]))[: 1 << 20]
+                raws[index] = (raws[index] * source.choice([2, 3, 1000]))[:LONGEST_INPUT]
             case 2:
                 other = source.randrange(len(raws))
                 raws[index], raws[other] = raws[other], raws[index]
@@ -388,7 +390,7 @@ def mutated_fields(source: Source, content: bytes, others: list[bytes], depth: i
                     raws[index] = field_of(number, mutated_bytes(source, value, others))
             case _:
                 raws[index] = mutated_bytes(source, raws[index], others)
-    return b"".join(raws)[: 4 << 20]
+    return b"".join(raws)[:LONGEST_INPUT]
 
 
 def mutated_model(source: Source, good: bytes, others: list[bytes]) -> bytes:

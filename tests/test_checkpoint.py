@@ -338,6 +338,20 @@ def test_a_killed_write_is_overwritten_by_the_next(small: Path) -> None:
     assert list(small.parent.iterdir()) == [small]
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_stands_in_place_of_the_temporary_file_is_not_written_to(small: Path, kind: str) -> None:
+    temporary, other = small.parent / (small.name + ".tmp"), small.parent / "other"
+    other.write_bytes(b"mine")
+    if kind == "link":
+        temporary.symlink_to(other)
+    else:
+        os.mkfifo(temporary)
+    write(small, SMALL)
+    assert same(read(small), SMALL) and not small.is_symlink()
+    assert other.read_bytes() == b"mine"
+    assert sorted(small.parent.iterdir()) == [other, small]
+
+
 def test_the_directory_must_exist(tmp_path: Path) -> None:
     path = tmp_path / "none" / "a"
     with pytest.raises(InputError, match="cannot be written: No such file or directory"):
