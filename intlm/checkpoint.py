@@ -7,6 +7,7 @@ change in how the library orders a file.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -49,7 +50,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     written (disk full, read-only), `TypeError` for an array that is not of integers and `ValueError` for a
     name or a `meta` that the format cannot hold.
     """
-    replace_file(path, _encode(checkpoint))
+    replace_file(path, encode(checkpoint))
 
 
 def read(path: Path) -> Checkpoint:
@@ -59,21 +60,27 @@ def read(path: Path) -> Checkpoint:
     is no checkpoint. Costs memory in proportion to the size of the file, whatever its header claims.
     """
     try:
-        # Looked at before it is opened: opening a named pipe would wait for its writer for ever.
-        _refuse_what_is_no_file(path)
+        refuse_what_is_no_file(path)
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = _read_header(file, size, path)
-            metadata = _read_metadata(header, path)
-            _check_arrays(header, size - file.tell(), path)
-            file.seek(0)
-            content = file.read()
+            return _read(file, os.fstat(file.fileno()).st_size, path)
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def decode(content: bytes, path: Path) -> Checkpoint:
+    """The checkpoint whose file would have this content; `path` is where it came from. Raises as `read` does."""
+    return _read(io.BytesIO(content), len(content), path)
+
+
+def _read(file: BinaryIO, size: int, path: Path) -> Checkpoint:
+    header = _read_header(file, size, path)
+    metadata = _read_metadata(header, path)
+    _check_arrays(header, size - file.tell(), path)
+    file.seek(0)
     try:
-        arrays = load(content)
+        arrays = load(file.read())
     except (SafetensorError, ValueError) as error:
         raise _not_safetensors(path, error) from error
     if _digest(metadata["meta"], arrays) != metadata["sha256"]:
@@ -106,6 +113,14 @@ def expect(
             )
 
 
+def within(checkpoint: Checkpoint, limits: Mapping[np.dtype, int], path: Path) -> None:
+    """Raise `InputError` where a number of an array of these dtypes is beyond plus or minus its limit."""
+    for name, array in sorted(checkpoint.arrays.items()):
+        limit = limits.get(array.dtype)
+        if limit is not None and array.size and not -limit <= array.min() <= array.max() <= limit:
+            raise InputError(f"{path}: array {name!r} has a number beyond {limit}")
+
+
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Put `chunks` into a file at `path` atomically: after a crash it holds all the old or all the new bytes.
 
@@ -131,6 +146,14 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def make_directory(path: Path) -> None:
+    """The directory at `path`, in one that exists. Raises `InputError` where it cannot be made."""
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
+
+
 def _sync_directory(directory: Path) -> None:
     """Make a rename in `directory` outlast a power cut."""
     if os.name != "posix":
@@ -142,8 +165,8 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _encode(checkpoint: Checkpoint) -> list[bytes | memoryview]:
-    """The file's bytes in pieces."""
+def encode(checkpoint: Checkpoint) -> list[bytes | memoryview]:
+    """The bytes of the file in pieces; raises as `write` does for what the format cannot hold."""
     for name, array in checkpoint.arrays.items():
         if array.dtype.kind not in "iu":
             raise TypeError(f"array {name!r} is {array.dtype}; a checkpoint holds integers only")
@@ -185,7 +208,8 @@ def _digest(meta: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_what_is_no_file(path: Path) -> None:
+def refuse_what_is_no_file(path: Path) -> None:
+    """Raise `InputError` for what is no regular file, such as a named pipe, whose opening would wait for ever."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a directory; a checkpoint is a file")

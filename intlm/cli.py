@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from intlm.errors import InputError, unknown
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+DONE, FAULTY, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 # What the numbers of a command line are held to, so that none asks for more memory than there can be.
@@ -126,6 +126,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "sample": _add_sample,
         "eval": _add_eval,
         "data": _add_data,
+        "checkout": _add_checkout,
+        "verify": _add_verify,
         "audit": _add_audit,
         "bench": _add_bench,
         "tokenizer": _add_tokenizer,
@@ -248,6 +250,9 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
         help="steps between checkpoints; 0 makes 20 a run",
     )
     add("--keep", type=_integer("--keep"), default=3, metavar="COUNT", help="newest checkpoints to keep")
+    add("--history", type=_integer("--history"), default=1000, metavar="MB",
+        help="disk in MB for the log from which the weights of every step can be rebuilt; beyond it, the oldest "
+        "steps are dropped; 0 keeps none")  # fmt: skip
     command.set_defaults(command=_train)
 
 
@@ -335,6 +340,36 @@ def _add_data(commands: Any, name: str, describe: bool) -> None:
     add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[], help="as for train")
     add("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_data)
+
+
+def _add_checkout(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="write the weights of any step of a run",
+        description="Rebuild the weights after a step from the run's history, and write them to a file that "
+        "sample and eval take.",
+    )
+    add = command.add_argument
+    add("run", metavar="RUN", help="name of a run, or its directory")
+    add("--step", type=_integer("--step"), required=True, metavar="N", help="steps done")
+    add("--out", metavar="PATH", help="file to write (default: checkouts/step-N.safetensors in the run)")
+    _add_engine(add)
+    command.set_defaults(command=_checkout)
+
+
+def _add_verify(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="replay a run's history, and compare it with its checkpoints",
+        description="Replay the history of a run from its first weights, which its seed gives, and compare what "
+        "it leads to with each checkpoint. Exit code 1 if anything differs or is damaged.",
+    )
+    command.add_argument("run", metavar="RUN", help="name of a run, or its directory")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_engine(command.add_argument)
+    command.set_defaults(command=_verify)
 
 
 def _add_audit(commands: Any, name: str, describe: bool) -> None:
@@ -504,7 +539,7 @@ def _train(parsed: argparse.Namespace) -> int:
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"
             )
             return DONE
-        with job.run.locked(), Report(job) as report, contextlib.closing(job.lanes):
+        with job.run.locked(), Report(job) as report, job.recording(), contextlib.closing(job.lanes):
             state = train(job, report, stop)
     left = f"{job.run.directory}: step {state.step} of {config.steps}"
     if state.step < config.steps:
@@ -596,6 +631,58 @@ def _eval(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _checkout(parsed: argparse.Namespace) -> int:
+    from intlm.checkpoint import make_directory
+    from train.job import write_checkout
+    from train.replay import weights_at
+
+    run, config, engine = _open_history(parsed)
+    if not 0 <= parsed.step <= config.steps:
+        raise InputError(f"--step {parsed.step}: must be from 0 to {config.steps}, the run's steps")
+    weights, meta = weights_at(run, config, parsed.step, engine)
+    path = run.checkout_path(parsed.step) if parsed.out is None else Path(parsed.out)
+    if parsed.out is None:
+        make_directory(path.parent)
+    write_checkout(path, weights, meta)
+    _write(f"{path}: the weights after step {parsed.step}\n")
+    return DONE
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from intlm.history import segments
+    from train.replay import verify
+
+    run, config, engine = _open_history(parsed)
+    size = sum(path.stat().st_size for _, path in segments(run.history_directory))
+    with tqdm(
+        total=size,
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        leave=False,
+    ) as bar:
+        verdict = verify(run, config, engine, bar.update)
+    _write((json.dumps(verdict.as_dict(), indent=2) if parsed.json else verdict.lines(run.name)) + "\n")
+    return FAULTY if verdict.faults else DONE
+
+
+def _open_history(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Run, configuration, and the engine that makes votes again."""
+    from intlm.engine.engine import make_engine
+    from tokenizer import load_tokenizer
+    from train.job import kept_config
+    from train.run import Run, resolve
+
+    threads = _use_threads(parsed)
+    run = Run.open(resolve(parsed.run))
+    tokenizer = load_tokenizer(run.directory)
+    config = kept_config(run, tokenizer)
+    return run, config, make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
+
+
 def _data(parsed: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -646,7 +733,7 @@ def _audit(parsed: argparse.Namespace) -> int:
         _write(json.dumps({"floats": floats, "operations": rows}, indent=2) + "\n")
     else:
         _write(f"{table(found)}\n{sum(found.values()):,} operations, {floats} with a float\n")
-    return 1 if floats else DONE
+    return FAULTY if floats else DONE
 
 
 def _bench_data(parsed: argparse.Namespace) -> int:

@@ -1,8 +1,11 @@
 """A training job: everything that the loop needs, from what a person asked for."""
 
+import contextlib
 import dataclasses
 import json
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -12,20 +15,24 @@ import numpy as np
 
 from eval.baselines import baselines
 from eval.bits import Evaluator
-from intlm import checkpoint, model
+from intlm import checkpoint, fixedpoint, model
 from intlm.checkpoint import Checkpoint
+from intlm.eggroll import Statistics
 from intlm.engine.engine import Engine, make_engine
 from intlm.errors import InputError
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
+from intlm.history import Recorder
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
 from train.lanes import Lanes
-from train.run import DATA, RUNS, Run, differences, encode_fingerprints
+from train.run import CHECKOUTS, DATA, RUNS, Run, differences, encode_fingerprints
 from train.text import Text, evaluated, load_text
 
 DEFAULT_PRESET = "small"
 DEFAULT_MINUTES = "5"
+DEFAULT_HISTORY = 1000
+"""Disk for the history, in units of 10^6 bytes."""
 CALIBRATION_SECONDS = 3
 LONGEST_RUN = (1 << 31) - 1
 """Steps in a run at most: the step is a 32-bit counter of the noise."""
@@ -58,6 +65,7 @@ class Request:
     evaluate_every: int = 0
     checkpoint_every: int = 0
     keep: int = 3
+    history: int = DEFAULT_HISTORY
 
     def __post_init__(self) -> None:
         """Raise InputError for counts out of range and for steps and minutes at once."""
@@ -74,6 +82,8 @@ class Request:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         if self.keep < 1:
             raise InputError(f"--keep {self.keep}: must be 1 or more")
+        if self.history < 0:
+            raise InputError(f"--history {self.history}: must be 0 (none) or more")
 
     @property
     def directory(self) -> Path:
@@ -114,10 +124,33 @@ class Job:
     baselines: dict[str, float]
     resumed: bool
     notes: list[str]
+    history: Recorder | None
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
         return asked or -(-self.config.steps // EVALUATIONS)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the history of the steps that are taken inside."""
+        if self.history is None:
+            yield
+            return
+        self.history.start(self.state.step, self.state.masters, self.weights(self.state))
+        try:
+            yield
+        finally:
+            self.history.close()
+
+    def record(self, state: EvolutionState, statistics: Statistics) -> None:
+        """Take a step into the history; `statistics` are its own."""
+        if self.history is not None:
+            fitness = statistics.get("fitness")
+            self.history.append(state.step, state.masters, self.weights(state), fitness)
+
+    def weights(self, state: EvolutionState) -> model.Parameters:
+        """The int8 weights of a state, and the head bias."""
+        return self.evolution.parameters(state.masters, state.head_bias)
 
     def save(self, state: EvolutionState) -> Path:
         """Write a checkpoint of `state`, which the lanes stand behind, and drop old ones."""
@@ -135,6 +168,8 @@ class Job:
             "text": self.digests,
         }
         path = self.run.checkpoint_path(state.step)
+        if self.history is not None:
+            self.history.sync()
         checkpoint.write(path, Checkpoint(arrays, meta))
         self.run.prune(self.request.keep)
         return path
@@ -205,6 +240,11 @@ def prepare(request: Request, say: Any) -> Job:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
     evolution = Evolution(engine, config.model, config.eggroll, config.steps)
+    history = None
+    if request.history:
+        meta = {"config": config.shown(), "tokenizer": tokenizer.digest, "text": text.digests}
+        limit = request.history * 10**6
+        history = Recorder(run.history_directory, config.model, config.eggroll, meta, limit, warn)
     return Job(
         request=request,
         run=run,
@@ -220,7 +260,13 @@ def prepare(request: Request, say: Any) -> Job:
         baselines=figures,
         resumed=latest is not None,
         notes=notes,
+        history=history,
     )
+
+
+def warn(line: str) -> None:
+    """A line for a person, also where there is no terminal."""
+    print("intlm:", line, file=sys.stderr)
 
 
 def _existing_run(directory: Path) -> Run | None:
@@ -264,22 +310,13 @@ def restore(
 
     Raises InputError, naming the file, where it is damaged, or of another configuration or tokenizer.
     """
-    saved = checkpoint.read(path)
+    saved = _read_of_run(path, config, tokenizer, ("config", "text", "position"))
     meta = saved.meta
-    if meta.get("tokenizer") != tokenizer.digest:
-        raise InputError(f"{path}: was written with another tokenizer than the run's ({tokenizer.name})")
-    for name in ("config", "text", "position"):
-        if not isinstance(meta.get(name), dict):
-            raise InputError(f"{path}: its meta lacks the {name}")
-    if changed := differences(meta["config"], config.shown()):
-        raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
     wanted = {f"master.{name}": (value.shape, value.dtype) for name, value in like.masters.items()}
     wanted |= {f"scale.{name}": (value.shape, value.dtype) for name, value in like.scales.items()}
     for name in ("head_bias", "recurrent"):
         wanted[name] = (getattr(like, name).shape, getattr(like, name).dtype)
     checkpoint.expect(saved, wanted, path)
-    if type(meta.get("step")) is not int or meta["step"] < 0:
-        raise InputError(f"{path}: its step, {meta.get('step')!r}, is no count")
     arrays = saved.arrays
     state = EvolutionState(
         {name: arrays[f"master.{name}"] for name in like.masters},
@@ -291,15 +328,57 @@ def restore(
     return state, meta
 
 
+def _read_of_run(path: Path, config: RunConfig, tokenizer: Tokenizer, parts: tuple[str, ...]) -> Checkpoint:
+    """A file of a run with this configuration and tokenizer, whose meta has a step and these parts."""
+    saved = checkpoint.read(path)
+    meta = saved.meta
+    if meta.get("tokenizer") != tokenizer.digest:
+        raise InputError(f"{path}: was written with another tokenizer than the run's ({tokenizer.name})")
+    for name in parts:
+        if not isinstance(meta.get(name), dict):
+            raise InputError(f"{path}: its meta lacks the {name}")
+    if changed := differences(meta["config"], config.shown()):
+        raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
+    if type(meta.get("step")) is not int or meta["step"] < 0:
+        raise InputError(f"{path}: its step, {meta.get('step')!r}, is no count")
+    return saved
+
+
+def write_checkout(path: Path, weights: model.Parameters, meta: dict[str, Any]) -> None:
+    """Write the weights after a step, int8, with the meta of the history that they are from."""
+    arrays = {name if name == "head_bias" else f"weight.{name}": value for name, value in weights.items()}
+    checkpoint.write(path, Checkpoint(arrays, meta))
+
+
+def _read_checkout(
+    path: Path, config: RunConfig, tokenizer: Tokenizer
+) -> tuple[model.Parameters, dict[str, Any]]:
+    saved = _read_of_run(path, config, tokenizer, ("config", "text"))
+    shapes = model.shapes(config.model)
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        f"weight.{name}": (shape, np.dtype(np.int8)) for name, shape in shapes.items()
+    }
+    wanted["head_bias"] = ((config.model.vocabulary,), np.dtype(np.int16))
+    checkpoint.expect(saved, wanted, path)
+    checkpoint.within(
+        saved, {np.dtype(np.int8): fixedpoint.WEIGHT_LIMIT, np.dtype(np.int16): fixedpoint.LOGIT_LIMIT}, path
+    )
+    weights = {name.removeprefix("weight."): array for name, array in saved.arrays.items()}
+    return weights, saved.meta
+
+
 def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, dict[str, Any]]:
-    """Configuration, tokenizer, int8 weights and meta of a checkpoint, for evaluation and sampling."""
+    """Configuration, tokenizer, int8 weights and meta of a checkpoint, or of a checkout of the history."""
     tokenizer = load_tokenizer(run.directory)
-    config = _kept(run, tokenizer)
+    config = kept_config(run, tokenizer)
+    if path.parent.name == CHECKOUTS:
+        weights, meta = _read_checkout(path, config, tokenizer)
+        return config, tokenizer, weights, meta
     state, meta = restore(path, config, tokenizer, zeros(config.model, config.eggroll))
     return config, tokenizer, model.parameters(state.masters, state.head_bias), meta
 
 
-def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
+def kept_config(run: Run, tokenizer: Tokenizer) -> RunConfig:
     """The configuration in a run's config.json. Raises InputError where nothing could be run with it."""
     path = run.directory / "config.json"
     config = RunConfig.from_dict(run.config, str(path))
@@ -317,7 +396,7 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
 
 def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
     """The run's own configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
-    kept = _kept(run, tokenizer) if run else None
+    kept = kept_config(run, tokenizer) if run else None
     if kept and not request.decides:
         return kept
     said: dict[str, Any] = {

@@ -65,6 +65,7 @@ def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
             job.save(state)
             raise
         state, statistics = job.evolution.step(state, tokens)
+        job.record(state, statistics)
         if pending:
             report.step(job, *pending)
         pending = (state.step, statistics)

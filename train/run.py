@@ -6,6 +6,7 @@ runs/<name>/data.json                             what tells whether a corpus ha
 runs/<name>/metrics.jsonl                         see `train.metrics`
 runs/<name>/tensorboard/                          see `train.tracking`
 runs/<name>/checkpoints/step-00001000.safetensors see `intlm.checkpoint`
+runs/<name>/history/step-00000000.history         see `intlm.history`
 """
 
 import contextlib
@@ -26,6 +27,7 @@ CHECKPOINT_NAME = re.compile(r"step-([0-9]+)\.safetensors")
 
 
 DATA = "data.json"
+CHECKOUTS = "checkouts"
 
 
 def encode_fingerprints(fingerprints: dict[str, Any]) -> bytes:
@@ -111,6 +113,11 @@ class Run:
         """The directory for `train.tracking.Tracker`."""
         return self.directory / "tensorboard"
 
+    @property
+    def history_directory(self) -> Path:
+        """The directory for `intlm.history.Recorder`."""
+        return self.directory / "history"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training this run. Raises `InputError` where one does.
@@ -139,6 +146,10 @@ class Run:
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after `step` training steps belongs."""
         return self.directory / "checkpoints" / f"step-{step:08d}.safetensors"
+
+    def checkout_path(self, step: int) -> Path:
+        """Where the weights after `step` steps belong that were rebuilt from the history."""
+        return self.directory / CHECKOUTS / f"step-{step:08d}.safetensors"
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, oldest step first; empty where there are none."""
@@ -181,7 +192,10 @@ def _resolve(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         directory = path.absolute().parent.parent
-        if path.absolute().parent.name == "checkpoints" and (directory / "config.json").is_file():
+        if (
+            path.absolute().parent.name in ("checkpoints", CHECKOUTS)
+            and (directory / "config.json").is_file()
+        ):
             return directory
         raise InputError(
             f"RUN: {name!r} is not a checkpoint of a run (runs/NAME/checkpoints/step-*.safetensors)"
