@@ -1,5 +1,6 @@
 """What a run tells people: the progress line, samples, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -14,7 +15,7 @@ from intlm.eggroll import Statistics
 from intlm.evolution import EvolutionState
 from intlm.model import Parameters
 from train.job import Job
-from train.metrics import MetricsFile
+from train.metrics import HELD_OUT, MetricsFile
 from train.tracking import BITS_PER_BYTE, Tracker
 
 LOG_SECONDS = 2.0
@@ -34,8 +35,8 @@ class Report:
         """Open the metrics file and the events of `job`'s run, and drop what later steps left there."""
         # Before the first step nothing has been written that is not written again.
         came_from = job.state.step or -1
-        self.metrics = MetricsFile.open(job.run.metrics_path, came_from)
-        self.tracker = Tracker(job.run.tensorboard_directory, came_from)
+        self.metrics = MetricsFile.open(job.run.metrics_path, came_from, self.warn)
+        self.tracker = Tracker(job.run.tensorboard_directory, came_from, self.warn)
         self.terminal = sys.stderr.isatty() and not quiet
         self.progress = tqdm(
             total=job.config.steps,
@@ -67,6 +68,11 @@ class Report:
         """A line above the progress line; nothing where there is no terminal."""
         if self.terminal:
             self.progress.write(line, file=sys.stderr)
+
+    def warn(self, line: str) -> None:
+        """A line about something wrong, in any case; from any thread."""
+        with contextlib.suppress(OSError, ValueError):  # nobody is told where standard error is closed
+            tqdm.write(f"intlm: {' '.join(line.splitlines())}", file=sys.stderr)
 
     def step(self, job: Job, step: int, statistics: Statistics) -> None:
         """Take in a step's statistics, and log now and then. Reading them waits for the step."""
@@ -115,7 +121,7 @@ class Report:
         self.log(job, state.step)
         parameters = job.evolution.parameters(state.masters, state.head_bias)
         self.held_out = job.evaluator.bits_per_byte(parameters)
-        self.metrics.append(state.step, held_out_bits_per_byte=self.held_out)
+        self.metrics.append(state.step, **{HELD_OUT: self.held_out})
         self.tracker.scalars(state.step, {f"{BITS_PER_BYTE}held_out": self.held_out})
         lines = {name: value for name, value in job.baselines.items() if name != "bytes"}
         self.tracker.reference_lines(state.step, lines)
