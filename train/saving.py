@@ -18,6 +18,7 @@ from train.trouble import Trouble, Warn, warn_plainly
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RETRY_SECONDS = 30
 """How long after a failure it is tried again, where no checkpoint is due before."""
+CLOSE_SECONDS = 5.0
 RESERVE_BYTES = 1 << 20
 """What a checkpoint leaves free on the disk, for the files that tell what happened."""
 
@@ -124,6 +125,7 @@ class Saver:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
+            self._thread.join(CLOSE_SECONDS)
 
     def _raise(self) -> None:
         if self._error is not None:
