@@ -28,13 +28,15 @@ class MetricsFile:
     """An append-only file of metrics. Open one with `MetricsFile.open`; close it or use it in `with`.
 
     A file that cannot be written any more does not end training: its lines wait, and are written in their order
-    when it can be. `scores`: the held-out bits per byte of every step in it that was evaluated.
+    when it can be. `scores`: the held-out bits per byte of every step in it that was evaluated; `start`: of step
+    0, if it is there.
     """
 
     def __init__(self, path: Path, file: FileIO, warn: Warn = warn_plainly) -> None:
         """Take over `file`, opened at `path` for appending without a buffer: a line written is a line out."""
         self.path = path
         self.scores: dict[int, float] = {}
+        self.start: float | None = None
         self._file = file
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
@@ -58,7 +60,8 @@ class MetricsFile:
             made = cls(path, path.open("ab", buffering=0), warn)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        made.scores = scores_of(values for _, values in kept)
+        for _, values in kept:
+            made._learn(values)
         return made
 
     def append(self, step: int, **values: Any) -> None:
@@ -67,7 +70,7 @@ class MetricsFile:
         `values`: anything JSON can hold, or NumPy scalars.
         """
         line = json.dumps({"step": step} | values, allow_nan=False, default=_plain).encode() + b"\n"
-        self.scores |= scores_of([{"step": step} | values])
+        self._learn({"step": step} | values)
         with self._lock:
             self._waiting.append(line)
             self._write()
@@ -75,6 +78,11 @@ class MetricsFile:
                 # Not the first: a part of it may be in the file.
                 del self._waiting[1]
                 self._dropped += 1
+
+    def _learn(self, values: dict[str, Any]) -> None:
+        self.scores |= scores_of([values])
+        if values["step"] == 0 and isinstance(values.get(HELD_OUT), int | float):
+            self.start = values[HELD_OUT]
 
     def sync(self) -> None:
         """Have the disk keep what has been written; from any thread."""
