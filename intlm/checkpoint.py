@@ -65,20 +65,29 @@ def read(path: Path) -> Checkpoint:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = _read_header(file, size, path)
-            metadata = _read_metadata(header, path)
-            _check_arrays(header, size - file.tell(), path)
+            metadata, version = _read_metadata(header, path)
+            if version == FORMAT_VERSION:
+                _check_arrays(header, size - file.tell(), path)
             file.seek(0)
             content = file.read()
     except FileNotFoundError:
         raise DamagedError(f"{path}: does not exist") from None
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+    later = InputError(
+        f"{path}: is of format version {version}; this intlm reads up to {FORMAT_VERSION}: update intlm"
+    )
     try:
         arrays = load(content)
     except (SafetensorError, ValueError) as error:
-        raise _not_safetensors(path, error) from error
-    if _digest(metadata["meta"], arrays) != metadata["sha256"]:
+        raise later if version > FORMAT_VERSION else _not_safetensors(path, error) from error
+    if _digest(metadata.get("meta"), arrays) != metadata.get("sha256"):
+        if version > FORMAT_VERSION:
+            raise later
         raise DamagedError(f"{path}: damaged: its content does not match its SHA-256")
+    if version > FORMAT_VERSION:
+        # The digest, which covers the version, is one of ours.
+        raise DamagedError(f"{path}: damaged: its format version is not what was written")
     try:
         meta = json.loads(metadata["meta"])
     except (ValueError, RecursionError):
@@ -179,7 +188,7 @@ def encode(checkpoint: Checkpoint) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little"), text, content[start:]]
 
 
-def _digest(meta: str, arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(meta: object, arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256, in hexadecimal, over the version, the meta JSON and every array's name, dtype, shape, bytes.
 
     The JSON in front gives the length of all that follows it, so no two contents share a serialisation.
@@ -218,8 +227,8 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, Any]:
     return header
 
 
-def _read_metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
-    """Take the `__metadata__` out of `header` and check that this program can read what it announces."""
+def _read_metadata(header: dict[str, Any], path: Path) -> tuple[dict[str, Any], int]:
+    """Take the `__metadata__` out of `header`; and its format version, this program's or a later one."""
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DamagedError(f"{path}: not an intlm checkpoint: its metadata lacks format {FORMAT!r}")
@@ -227,16 +236,13 @@ def _read_metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
     if not (isinstance(version, str) and version.isascii() and version.isdecimal() and len(version) < 10):
         raise DamagedError(f"{path}: not an intlm checkpoint: its format version is not a number")
     if int(version) > FORMAT_VERSION:
-        raise InputError(
-            f"{path}: is of format version {int(version)}; "
-            f"this intlm reads up to {FORMAT_VERSION}: update intlm"
-        )
+        return metadata, int(version)
     if version != str(FORMAT_VERSION):
         raise DamagedError(f"{path}: not an intlm checkpoint: there is no format version {version}")
     for key in ("meta", "sha256"):
         if not isinstance(metadata.get(key), str):
             raise DamagedError(f"{path}: not an intlm checkpoint: its metadata lacks {key!r}")
-    return metadata
+    return metadata, FORMAT_VERSION
 
 
 def _check_arrays(header: dict[str, Any], size: int, path: Path) -> None:

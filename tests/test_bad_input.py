@@ -344,7 +344,8 @@ def truncate(path: Path, size: int) -> None:
 
 
 def later_version(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
+    content = path.read_bytes().replace(b'"version":"1"', b'"version":"2"')
+    path.write_bytes(content.replace(b'"sha256":"', b'"sha":"      '))
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
