@@ -19,7 +19,10 @@ from typing import Any, NoReturn
 
 from intlm.errors import InputError, unknown
 
-DONE, FAULTY, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+RUN_HELP = (
+    "name of a run, its directory, one of its checkpoints, RUN@STEP, or RUN@best (of the held-out text)"
+)
+DONE, DAMAGED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 # What the numbers of a command line are held to, so that none asks for more memory than there can be.
@@ -60,7 +63,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code is 0, 1 (a float found by `audit`), 2 (bad input) or 130."""
+    """Run a command line; the exit code is 0, 1 (`audit`, `check` or `verify` found something), 2 or 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Python's own handler raises, which inside of JAX is lost or ends in a crash. Only training has
@@ -125,6 +128,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train": _add_train,
         "sample": _add_sample,
         "eval": _add_eval,
+        "check": _add_check,
         "data": _add_data,
         "checkout": _add_checkout,
         "verify": _add_verify,
@@ -249,7 +253,20 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
         metavar="STEPS",
         help="steps between checkpoints; 0 makes 20 a run",
     )
-    add("--keep", type=_integer("--keep"), default=3, metavar="COUNT", help="newest checkpoints to keep")
+    add(
+        "--keep",
+        type=_integer("--keep"),
+        default=3,
+        metavar="COUNT",
+        help="newest checkpoints to keep, and the best",
+    )
+    add(
+        "--keep-every",
+        type=_integer("--keep-every"),
+        default=0,
+        metavar="STEPS",
+        help="keep the checkpoints of every so many steps for ever; 0 keeps none",
+    )
     add("--history", type=_integer("--history"), default=1000, metavar="MB",
         help="disk in MB for the log from which the weights of every step can be rebuilt; beyond it, the oldest "
         "steps are dropped; 0 keeps none")  # fmt: skip
@@ -264,7 +281,7 @@ def _add_sample(commands: Any, name: str, describe: bool) -> None:
         description="Sample text from a run. A blank line stands where the model ends a document.",
     )
     add = command.add_argument
-    add("run", metavar="RUN", help="name of a run, its directory, or one of its checkpoints")
+    add("run", metavar="RUN", help=RUN_HELP)
     add("--prompt", default="", metavar="TEXT", help="text to go on from; - reads standard input")
     add("--prompt-file", metavar="PATH", help="read the prompt from a file")
     add("--tokens", type=_integer("--tokens"), default=512, metavar="N", help="tokens to write")
@@ -307,7 +324,7 @@ def _add_eval(commands: Any, name: str, describe: bool) -> None:
         help="bits per byte of held-out text, beside n-grams, gzip and xz",
         description="Score a run's held-out text, or another corpus.",
     )
-    command.add_argument("run", metavar="RUN", help="name of a run, its directory, or one of its checkpoints")
+    command.add_argument("run", metavar="RUN", help=RUN_HELP)
     command.add_argument(
         "--data",
         metavar="CORPUS",
@@ -317,6 +334,19 @@ def _add_eval(commands: Any, name: str, describe: bool) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_engine(command.add_argument)
     command.set_defaults(command=_eval)
+
+
+def _add_check(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="whether the files of a run are whole",
+        description="Read every file of a run and verify it: checkpoints by digest, shapes and configuration. "
+        "Exit code 1 if one is damaged. Nothing is changed.",
+    )
+    command.add_argument("run", metavar="RUN", help="name of a run, or its directory")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_check)
 
 
 def _add_data(commands: Any, name: str, describe: bool) -> None:
@@ -506,7 +536,7 @@ def _integer(flag: str) -> Any:
 
 def _train(parsed: argparse.Namespace) -> int:
     from intlm.engine.native import why_not_fast
-    from train.job import Request, prepare
+    from train.job import Request, claimed, prepare
     from train.loop import StopSignal, train
     from train.report import Report
 
@@ -520,8 +550,9 @@ def _train(parsed: argparse.Namespace) -> int:
         if terminal:
             print(line, file=sys.stderr)
 
-    with StopSignal() as stop:
-        job = prepare(Request(**words), say)
+    request = Request(**words)
+    with StopSignal() as stop, claimed(request):
+        job = prepare(request, say)
         config = job.config
         _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"
@@ -539,7 +570,7 @@ def _train(parsed: argparse.Namespace) -> int:
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"
             )
             return DONE
-        with job.run.locked(), Report(job) as report, job.recording(), contextlib.closing(job.lanes):
+        with Report(job) as report, job.recording(), contextlib.closing(job.lanes):
             state = train(job, report, stop)
     left = f"{job.run.directory}: step {state.step} of {config.steps}"
     if state.step < config.steps:
@@ -620,8 +651,8 @@ def _eval(parsed: argparse.Namespace) -> int:
     from train.run import find_checkpoint
 
     threads = _use_threads(parsed)
-    run, path = find_checkpoint(parsed.run)
-    config, tokenizer, parameters, meta = load_model(run, path)
+    run, paths = find_checkpoint(parsed.run)
+    config, tokenizer, parameters, meta = load_model(run, paths)
     engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
     data = getattr(parsed, "data", None)
     result = evaluate(
@@ -629,6 +660,15 @@ def _eval(parsed: argparse.Namespace) -> int:
     )
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
     return DONE
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from train.check import check
+    from train.run import resolve
+
+    found = check(resolve(parsed.run))
+    _write((json.dumps(found.as_dict(), indent=2) if parsed.json else found.table()) + "\n")
+    return DAMAGED if found.damaged else DONE
 
 
 def _checkout(parsed: argparse.Namespace) -> int:
@@ -666,20 +706,18 @@ def _verify(parsed: argparse.Namespace) -> int:
     ) as bar:
         verdict = verify(run, config, engine, bar.update)
     _write((json.dumps(verdict.as_dict(), indent=2) if parsed.json else verdict.lines(run.name)) + "\n")
-    return FAULTY if verdict.faults else DONE
+    return DAMAGED if verdict.faults else DONE
 
 
 def _open_history(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Run, configuration, and the engine that makes votes again."""
     from intlm.engine.engine import make_engine
-    from tokenizer import load_tokenizer
     from train.job import kept_config
     from train.run import Run, resolve
 
     threads = _use_threads(parsed)
     run = Run.open(resolve(parsed.run))
-    tokenizer = load_tokenizer(run.directory)
-    config = kept_config(run, tokenizer)
+    _, config = kept_config(run)
     return run, config, make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
 
 
@@ -733,7 +771,7 @@ def _audit(parsed: argparse.Namespace) -> int:
         _write(json.dumps({"floats": floats, "operations": rows}, indent=2) + "\n")
     else:
         _write(f"{table(found)}\n{sum(found.values()):,} operations, {floats} with a float\n")
-    return FAULTY if floats else DONE
+    return DAMAGED if floats else DONE
 
 
 def _bench_data(parsed: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ its step is repeated.
 import os
 import queue
 import re
+import shutil
 import struct
 import sys
 import threading
@@ -46,6 +47,8 @@ LEVEL = 1
 SEGMENT_BYTES = 8 << 20
 BASES = 8
 """A segment ends with the checkpoint that finds it so large, and so many times as large as its base."""
+SPARE_BYTES = 32 << 20
+"""What the log leaves free on the disk for checkpoints."""
 WAITING = 4
 """Steps that may wait to be written."""
 
@@ -453,6 +456,7 @@ class Recorder:
         """What a checkpoint wants of the log: all of it on disk, and a new segment where it is time."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+            self._look_for_room()
             if last is None or self._size < max(SEGMENT_BYTES, BASES * self._base_size):
                 return
         if last is not None:
@@ -460,8 +464,16 @@ class Recorder:
             self._told = False
             self._drop()
 
+    def _look_for_room(self) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < SPARE_BYTES:
+            raise InputError(
+                f"{free:,} bytes are free on the disk, of which it leaves {SPARE_BYTES:,} to checkpoints"
+            )
+
     def _begin(self, state: _Step) -> None:
         """A new segment, whose base is this state."""
+        self._look_for_room()
         arrays = Track.base(self._config, state.masters, state.parameters)
         meta = self.meta | {"step": state.number}
         content = frame(state.number, b"".join(checkpoint.encode(Checkpoint(arrays, meta))))

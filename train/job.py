@@ -1,11 +1,13 @@
 """A training job: everything that the loop needs, from what a person asked for."""
 
 import contextlib
+import copy
 import dataclasses
+import errno
 import json
-import sys
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -19,15 +21,17 @@ from intlm import checkpoint, fixedpoint, model
 from intlm.checkpoint import Checkpoint
 from intlm.eggroll import Statistics
 from intlm.engine.engine import Engine, make_engine
-from intlm.errors import InputError
+from intlm.errors import DamagedError, InputError
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
 from intlm.history import Recorder
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
 from train.lanes import Lanes
-from train.run import CHECKOUTS, DATA, RUNS, Run, differences, encode_fingerprints
+from train.lock import LOCK, is_ours, locked
+from train.run import CHECKOUTS, DATA, RUNS, Run, differences, encode_fingerprints, read_newest
 from train.text import Text, evaluated, load_text
+from train.trouble import Warn, warn_plainly
 
 DEFAULT_PRESET = "small"
 DEFAULT_MINUTES = "5"
@@ -65,6 +69,7 @@ class Request:
     evaluate_every: int = 0
     checkpoint_every: int = 0
     keep: int = 3
+    keep_every: int = 0
     history: int = DEFAULT_HISTORY
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class Request:
             raise InputError(f"--steps {self.steps}: must be from 1 to {LONGEST_RUN}")
         if self.minutes is not None:
             _minutes(self.minutes)
-        for name in ("chunk", "evaluate_every", "checkpoint_every"):
+        for name in ("chunk", "evaluate_every", "checkpoint_every", "keep_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         if self.keep < 1:
@@ -152,33 +157,45 @@ class Job:
         """The int8 weights of a state, and the head bias."""
         return self.evolution.parameters(state.masters, state.head_bias)
 
-    def save(self, state: EvolutionState) -> Path:
-        """Write a checkpoint of `state`, which the lanes stand behind, and drop old ones."""
-        arrays = {f"master.{name}": np.asarray(value) for name, value in state.masters.items()}
-        arrays |= {f"scale.{name}": np.asarray(value) for name, value in state.scales.items()}
-        arrays |= {
-            "head_bias": np.asarray(state.head_bias),
-            "recurrent": np.asarray(state.recurrent),
-        }
+    def snapshot(self, state: EvolutionState) -> Callable[[], Checkpoint]:
+        """What makes the checkpoint of `state`, which the lanes stand behind: now or later, in any thread."""
         meta = {
             "config": self.config.shown(),
             "step": state.step,
-            "position": self.lanes.position,
+            "position": copy.deepcopy(self.lanes.position),
             "tokenizer": self.tokenizer.digest,
             "text": self.digests,
         }
-        path = self.run.checkpoint_path(state.step)
-        if self.history is not None:
-            self.history.sync()
-        checkpoint.write(path, Checkpoint(arrays, meta))
-        self.run.prune(self.request.keep)
-        return path
+
+        def make() -> Checkpoint:
+            # No step writes to the arrays of another.
+            arrays = {f"master.{name}": np.asarray(value) for name, value in state.masters.items()}
+            arrays |= {f"scale.{name}": np.asarray(value) for name, value in state.scales.items()}
+            arrays |= {
+                "head_bias": np.asarray(state.head_bias),
+                "recurrent": np.asarray(state.recurrent),
+            }
+            return Checkpoint(arrays, meta)
+
+        return make
+
+
+@contextlib.contextmanager
+def claimed(request: Request) -> Iterator[None]:
+    """Hold the lock of the run that `request` names, from before anything is read or written.
+
+    Raises InputError where another process trains it, or where the directory is neither a run nor to become one.
+    """
+    _existing_run(request.directory)
+    with locked(request.directory):
+        yield
 
 
 def prepare(request: Request, say: Any) -> Job:
-    """Open the run that `request` names and restore it, or make it. `say` tells a person a line.
+    """Open the run that `request` names (see `claimed`) and restore it, or make it. `say` tells a person a line.
 
-    Raises InputError; a run on disk is then as it was.
+    A newest checkpoint that is damaged is set aside, and the one before is taken. Raises InputError; a run on
+    disk is then as it was.
     """
     directory = request.directory
     run = _existing_run(directory)
@@ -190,9 +207,9 @@ def prepare(request: Request, say: Any) -> Job:
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
     lanes = _lanes(config, text, tokenizer)
     resumed = run is not None
-    latest = run.latest() if run else None
+    found = run.checkpoints()[::-1] if run else []
     # A checkpoint has the counts' head bias.
-    counts = np.zeros(tokenizer.vocabulary, np.int64) if latest else text.counts(tokenizer)
+    counts = np.zeros(tokenizer.vocabulary, np.int64) if found else text.counts(tokenizer)
     state = initial(config.model, config.eggroll, counts)
     if not config.steps:
         steps = _plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
@@ -212,9 +229,18 @@ def prepare(request: Request, say: Any) -> Job:
             DATA: encode_fingerprints(text.fingerprints()),
         }
         run = Run.create(directory, config.as_dict(), files)
-    notes = []
-    if latest:
-        state, meta = restore(latest, config, tokenizer, state)
+    _check_writable(directory)
+    notes: list[str] = []
+    damages: list[DamagedError] = []
+    if found:
+        try:
+            latest, (state, meta), damages = read_newest(
+                found, lambda path: restore(path, config, tokenizer, state)
+            )
+        except DamagedError as error:
+            raise InputError(
+                f"{error}; no whole checkpoint is left to go on from: restore one, or name a new run with --run"
+            ) from error
         position = meta["position"]
         changed = text.changes(run.fingerprints, meta["text"])
         if changed and not request.accept_changed_data:
@@ -224,7 +250,7 @@ def prepare(request: Request, say: Any) -> Job:
             )
         try:
             if changed:
-                notes = [
+                notes += [
                     f"{change}; going on, to other bits and scores of another text" for change in changed
                 ]
                 position["sources"], lost = text.settled(position["sources"])
@@ -236,6 +262,10 @@ def prepare(request: Request, say: Any) -> Job:
             raise InputError(f"{latest}: its position is damaged: {error}") from error
         if changed:
             run.keep_fingerprints(text.fingerprints())
+        if damages:
+            notes.append(f"{'; '.join(map(str, damages))}; going on from {latest} instead")
+        for path in found[: len(damages)]:
+            _set_aside(path)
     elif resumed:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
@@ -244,7 +274,7 @@ def prepare(request: Request, say: Any) -> Job:
     if request.history:
         meta = {"config": config.shown(), "tokenizer": tokenizer.digest, "text": text.digests}
         limit = request.history * 10**6
-        history = Recorder(run.history_directory, config.model, config.eggroll, meta, limit, warn)
+        history = Recorder(run.history_directory, config.model, config.eggroll, meta, limit, warn_plainly)
     return Job(
         request=request,
         run=run,
@@ -258,15 +288,34 @@ def prepare(request: Request, say: Any) -> Job:
         lanes=lanes,
         state=state,
         baselines=figures,
-        resumed=latest is not None,
+        resumed=bool(found),
         notes=notes,
         history=history,
     )
 
 
-def warn(line: str) -> None:
-    """A line for a person, also where there is no terminal."""
-    print("intlm:", line, file=sys.stderr)
+def _check_writable(directory: Path) -> None:
+    """Make sure that checkpoints can be written. Raises InputError."""
+    checkpoints = directory / "checkpoints"
+    try:
+        checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{checkpoints}: cannot be made: {error.strerror or error}") from error
+    if not os.access(checkpoints, os.W_OK | os.X_OK):
+        raise InputError(f"{checkpoints}: cannot be written: {os.strerror(errno.EACCES)}")
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is not kept in place of a good one. Raises InputError."""
+    aside = path.with_name(path.name + ".damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged{number}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise InputError(f"{path}: is damaged and cannot be renamed: {error.strerror or error}") from error
 
 
 def _existing_run(directory: Path) -> Run | None:
@@ -284,7 +333,10 @@ def _existing_run(directory: Path) -> Run | None:
 
 def _is_half_made(directory: Path) -> bool:
     """Whether `directory` is empty, or what is left of a run that was cut short while it was made."""
-    names = {path.name.removesuffix(".tmp") for path in directory.iterdir()}
+    lock = directory / LOCK
+    if lock.exists() and not is_ours(lock):
+        return False
+    names = {path.name.removesuffix(".tmp") for path in directory.iterdir()} - {LOCK}
     checkpoints = directory / "checkpoints"
     return not names or (names <= RUN_FILES and checkpoints.is_dir() and not any(checkpoints.iterdir()))
 
@@ -367,18 +419,31 @@ def _read_checkout(
     return weights, saved.meta
 
 
-def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, dict[str, Any]]:
-    """Configuration, tokenizer, int8 weights and meta of a checkpoint, or of a checkout of the history."""
-    tokenizer = load_tokenizer(run.directory)
-    config = kept_config(run, tokenizer)
-    if path.parent.name == CHECKOUTS:
-        weights, meta = _read_checkout(path, config, tokenizer)
+def load_model(
+    run: Run, paths: list[Path], warn: Warn = warn_plainly
+) -> tuple[RunConfig, Tokenizer, model.Parameters, dict[str, Any]]:
+    """Configuration, tokenizer, int8 weights and meta of a checkpoint, or of a checkout of the history.
+
+    paths: as `find_checkpoint` has them; the first that is not damaged is taken.
+    """
+    tokenizer, config = kept_config(run)
+    if paths[0].parent.name == CHECKOUTS:
+        weights, meta = _read_checkout(paths[0], config, tokenizer)
         return config, tokenizer, weights, meta
-    state, meta = restore(path, config, tokenizer, zeros(config.model, config.eggroll))
+    like = zeros(config.model, config.eggroll)
+    path, (state, meta), damages = read_newest(paths, lambda path: restore(path, config, tokenizer, like))
+    if damages:
+        warn(f"{'; '.join(map(str, damages))}; {path} is taken instead")
     return config, tokenizer, model.parameters(state.masters, state.head_bias), meta
 
 
-def kept_config(run: Run, tokenizer: Tokenizer) -> RunConfig:
+def kept_config(run: Run) -> tuple[Tokenizer, RunConfig]:
+    """The tokenizer and the configuration that a run has on disk. Raises InputError, naming the file."""
+    tokenizer = load_tokenizer(run.directory)
+    return tokenizer, _kept(run, tokenizer)
+
+
+def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
     """The configuration in a run's config.json. Raises InputError where nothing could be run with it."""
     path = run.directory / "config.json"
     config = RunConfig.from_dict(run.config, str(path))
@@ -396,7 +461,7 @@ def kept_config(run: Run, tokenizer: Tokenizer) -> RunConfig:
 
 def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
     """The run's own configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
-    kept = kept_config(run, tokenizer) if run else None
+    kept = _kept(run, tokenizer) if run else None
     if kept and not request.decides:
         return kept
     said: dict[str, Any] = {
