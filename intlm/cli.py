@@ -19,7 +19,10 @@ from typing import Any, NoReturn
 
 from intlm.errors import InputError, unknown
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+RUN_HELP = (
+    "name of a run, its directory, one of its checkpoints, RUN@STEP, or RUN@best (of the held-out text)"
+)
+DONE, DAMAGED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 # What the numbers of a command line are held to, so that none asks for more memory than there can be.
@@ -60,7 +63,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code is 0, 1 (a float found by `audit`), 2 (bad input) or 130."""
+    """Run a command line; the exit code is 0, 1 (`audit`, `check` or `verify` found something), 2 or 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Python's own handler raises, which inside of JAX is lost or ends in a crash. Only training has
@@ -127,7 +130,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train": _add_train,
         "sample": _add_sample,
         "eval": _add_eval,
+        "check": _add_check,
         "data": _add_data,
+        "checkout": _add_checkout,
+        "verify": _add_verify,
         "audit": _add_audit,
         "bench": _add_bench,
         "tokenizer": _add_tokenizer,
@@ -249,7 +255,23 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
         metavar="STEPS",
         help="steps between checkpoints; 0 makes 20 a run",
     )
-    add("--keep", type=_integer("--keep"), default=3, metavar="COUNT", help="newest checkpoints to keep")
+    add(
+        "--keep",
+        type=_integer("--keep"),
+        default=3,
+        metavar="COUNT",
+        help="newest checkpoints to keep, and the best",
+    )
+    add(
+        "--keep-every",
+        type=_integer("--keep-every"),
+        default=0,
+        metavar="STEPS",
+        help="keep the checkpoints of every so many steps for ever; 0 keeps none",
+    )
+    add("--history", type=_integer("--history"), default=1000, metavar="MB",
+        help="disk in MB for the log from which the weights of every step can be rebuilt; beyond it, the oldest "
+        "steps are dropped; 0 keeps none")  # fmt: skip
     command.set_defaults(command=_train)
 
 
@@ -261,7 +283,7 @@ def _add_sample(commands: Any, name: str, describe: bool) -> None:
         description="Sample text from a run. A blank line stands where the model ends a document.",
     )
     add = command.add_argument
-    add("run", metavar="RUN", help="name of a run, its directory, or one of its checkpoints")
+    add("run", metavar="RUN", help=RUN_HELP)
     add("--prompt", default="", metavar="TEXT", help="text to go on from; - reads standard input")
     add("--prompt-file", metavar="PATH", help="read the prompt from a file")
     add("--tokens", type=_integer("--tokens"), default=512, metavar="N", help="tokens to write")
@@ -304,7 +326,7 @@ def _add_eval(commands: Any, name: str, describe: bool) -> None:
         help="bits per byte of held-out text, beside n-grams, gzip and xz",
         description="Score a run's held-out text, or another corpus.",
     )
-    command.add_argument("run", metavar="RUN", help="name of a run, its directory, or one of its checkpoints")
+    command.add_argument("run", metavar="RUN", help=RUN_HELP)
     command.add_argument(
         "--data",
         metavar="CORPUS",
@@ -314,6 +336,19 @@ def _add_eval(commands: Any, name: str, describe: bool) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_engine(command.add_argument)
     command.set_defaults(command=_eval)
+
+
+def _add_check(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="whether the files of a run are whole",
+        description="Read every file of a run and verify it: checkpoints by digest, shapes and configuration. "
+        "Exit code 1 if one is damaged. Nothing is changed.",
+    )
+    command.add_argument("run", metavar="RUN", help="name of a run, or its directory")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_check)
 
 
 def _add_data(commands: Any, name: str, describe: bool) -> None:
@@ -337,6 +372,36 @@ def _add_data(commands: Any, name: str, describe: bool) -> None:
     add("--set", dest="settings", action="append", metavar="KEY=VALUE", default=[], help="as for train")
     add("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_data)
+
+
+def _add_checkout(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="write the weights of any step of a run",
+        description="Rebuild the weights after a step from the run's history, and write them to a file that "
+        "sample and eval take.",
+    )
+    add = command.add_argument
+    add("run", metavar="RUN", help="name of a run, or its directory")
+    add("--step", type=_integer("--step"), required=True, metavar="N", help="steps done")
+    add("--out", metavar="PATH", help="file to write (default: checkouts/step-N.safetensors in the run)")
+    _add_engine(add)
+    command.set_defaults(command=_checkout)
+
+
+def _add_verify(commands: Any, name: str, describe: bool) -> None:
+    command = commands.add_parser(
+        name,
+        formatter_class=_Help,
+        help="replay a run's history, and compare it with its checkpoints",
+        description="Replay the history of a run from its first weights, which its seed gives, and compare what "
+        "it leads to with each checkpoint. Exit code 1 if anything differs or is damaged.",
+    )
+    command.add_argument("run", metavar="RUN", help="name of a run, or its directory")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_engine(command.add_argument)
+    command.set_defaults(command=_verify)
 
 
 def _add_audit(commands: Any, name: str, describe: bool) -> None:
@@ -473,7 +538,7 @@ def _integer(flag: str) -> Any:
 
 def _train(parsed: argparse.Namespace) -> int:
     from intlm.engine.native import why_not_fast
-    from train.job import Request, prepare
+    from train.job import Request, claimed, prepare
     from train.loop import StopSignal, train
     from train.report import Report
 
@@ -487,8 +552,9 @@ def _train(parsed: argparse.Namespace) -> int:
         if terminal:
             print(line, file=sys.stderr)
 
-    with StopSignal() as stop:
-        job = prepare(Request(**words), say)
+    request = Request(**words)
+    with StopSignal() as stop, claimed(request):
+        job = prepare(request, say)
         config = job.config
         _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"
@@ -506,7 +572,7 @@ def _train(parsed: argparse.Namespace) -> int:
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"
             )
             return DONE
-        with job.run.locked(), Report(job) as report, contextlib.closing(job.lanes):
+        with Report(job) as report, job.recording(), contextlib.closing(job.lanes):
             state = train(job, report, stop)
     left = f"{job.run.directory}: step {state.step} of {config.steps}"
     if state.step < config.steps:
@@ -587,8 +653,8 @@ def _eval(parsed: argparse.Namespace) -> int:
     from train.run import find_checkpoint
 
     threads = _use_threads(parsed)
-    run, path = find_checkpoint(parsed.run)
-    config, tokenizer, parameters, meta = load_model(run, path)
+    run, paths = find_checkpoint(parsed.run)
+    config, tokenizer, parameters, meta = load_model(run, paths)
     engine = make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
     data = getattr(parsed, "data", None)
     result = evaluate(
@@ -596,6 +662,65 @@ def _eval(parsed: argparse.Namespace) -> int:
     )
     _write((json.dumps(result.as_dict(), indent=2) if parsed.json else result.table()) + "\n")
     return DONE
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from train.check import check
+    from train.run import resolve
+
+    found = check(resolve(parsed.run))
+    _write((json.dumps(found.as_dict(), indent=2) if parsed.json else found.table()) + "\n")
+    return DAMAGED if found.damaged else DONE
+
+
+def _checkout(parsed: argparse.Namespace) -> int:
+    from intlm.checkpoint import make_directory
+    from train.job import write_checkout
+    from train.replay import weights_at
+
+    run, config, engine = _open_history(parsed)
+    if not 0 <= parsed.step <= config.steps:
+        raise InputError(f"--step {parsed.step}: must be from 0 to {config.steps}, the run's steps")
+    weights, meta = weights_at(run, config, parsed.step, engine)
+    path = run.checkout_path(parsed.step) if parsed.out is None else Path(parsed.out)
+    if parsed.out is None:
+        make_directory(path.parent)
+    write_checkout(path, weights, meta)
+    _write(f"{path}: the weights after step {parsed.step}\n")
+    return DONE
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from intlm.history import segments
+    from train.replay import verify
+
+    run, config, engine = _open_history(parsed)
+    size = sum(path.stat().st_size for _, path in segments(run.history_directory))
+    with tqdm(
+        total=size,
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        leave=False,
+    ) as bar:
+        verdict = verify(run, config, engine, bar.update)
+    _write((json.dumps(verdict.as_dict(), indent=2) if parsed.json else verdict.lines(run.name)) + "\n")
+    return DAMAGED if verdict.faults else DONE
+
+
+def _open_history(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Run, configuration, and the engine that makes votes again."""
+    from intlm.engine.engine import make_engine
+    from train.job import kept_config
+    from train.run import Run, resolve
+
+    threads = _use_threads(parsed)
+    run = Run.open(resolve(parsed.run))
+    _, config = kept_config(run)
+    return run, config, make_engine(parsed.engine, config.model, config.eggroll, threads=threads)
 
 
 def _data(parsed: argparse.Namespace) -> int:
@@ -648,7 +773,7 @@ def _audit(parsed: argparse.Namespace) -> int:
         _write(json.dumps({"floats": floats, "operations": rows}, indent=2) + "\n")
     else:
         _write(f"{table(found)}\n{sum(found.values()):,} operations, {floats} with a float\n")
-    return 1 if floats else DONE
+    return DAMAGED if floats else DONE
 
 
 def _bench_data(parsed: argparse.Namespace) -> int:

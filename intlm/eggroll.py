@@ -24,9 +24,10 @@ Votes = dict[str, Array]
 Statistics = dict[str, Array]
 """int64 sums over the population: slices add up. Keys: `score` (of all members' tokens, 1/256 bit),
 `difference` (sum of |d|), `ties` (pairs, or tokens of pairs, with d = 0), `saturated` (factors at +-127),
-`seen` (rows of the embedding seen, summed over pairs), and `square` or `square.<parameter>`."""
+`seen` (rows of the embedding seen, summed over pairs), and `square` or `square.<parameter>`. Under the estimator
+`weight` also `fitness`: int8, q of each pair, of which those of slices stand one after another."""
 
-SCORE_STATISTICS = ("score", "difference", "ties")
+SCORE_STATISTICS = ("score", "difference", "ties", "fitness")
 """The statistics that members' scores give without votes."""
 
 Scales = dict[str, Array]
@@ -50,6 +51,20 @@ SITE_OF = {
 perturbed themselves, once a segment."""
 
 SITES = ("embedding", "gate", "candidate", "mlp_in", "mlp_out", "head")
+
+
+def join(one: Statistics, other: Statistics) -> Statistics:
+    """The statistics of two slices, the pairs of the second after those of the first."""
+    together = {name: value + other[name] for name, value in one.items() if name != "fitness"}
+    if "fitness" in one:
+        xp = namespace(one["fitness"])
+        together["fitness"] = xp.concatenate([one["fitness"], other["fitness"]])
+    return together
+
+
+def of_scores(statistics: Statistics) -> Statistics:
+    """Those of `SCORE_STATISTICS`."""
+    return {name: statistics[name] for name in SCORE_STATISTICS if name in statistics}
 
 
 # --- noise streams ------------------------------------------------------------------------------------

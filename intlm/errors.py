@@ -15,6 +15,13 @@ class InputError(Exception):
     """
 
 
+class DamagedError(InputError):
+    """A file on disk that is not what was written: truncated, changed, or not to be read at all.
+
+    Something of another version, configuration or tokenizer is no damage.
+    """
+
+
 def unknown(what: str, value: str, accepted: Iterable[str]) -> InputError:
     """An `InputError` for a name that is not among those accepted, with the nearest one suggested."""
     names = sorted(accepted)

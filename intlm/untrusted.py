@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from intlm.errors import InputError
+from intlm.errors import DamagedError, InputError
 
 LONGEST_NUMBER = 1000
 """Digits of an integer in JSON; Python would take as long as the square of them."""
@@ -43,7 +43,7 @@ def refuse_special(path: Path) -> None:
 
 
 def refuse_holes(file: BinaryIO, path: Path) -> int:
-    """The size of an open file; `InputError` where nearly all of it is holes, which take memory but no disk."""
+    """The size of an open file; `DamagedError` where nearly all of it is holes, which take memory but no disk."""
     state = os.fstat(file.fileno())
     on_disk = getattr(state, "st_blocks", state.st_size) * 512
     # Some network file systems tell no blocks: they tell no holes either.
@@ -54,7 +54,7 @@ def refuse_holes(file: BinaryIO, path: Path) -> int:
         except OSError:
             hole = state.st_size
         if hole < state.st_size:
-            raise InputError(f"{path}: damaged: {state.st_size} bytes, of which {on_disk} are on disk")
+            raise DamagedError(f"{path}: damaged: {state.st_size} bytes, of which {on_disk} are on disk")
     return state.st_size
 
 

@@ -33,12 +33,22 @@ from intlm.engine.native import NativeEngine, available_isas
 from intlm.engine.reference import ReferenceEngine
 from intlm.errors import InputError
 from intlm.evolution import zeros
+from intlm.history import COUNTS, FRAME, frame, zstd
 from tokenizer import SentencePieceTokenizer, load_tokenizer
 from tokenizer.model_file import MOST_PIECES, _fields
 from tokenizer.trainer import train
 from train.config import RunConfig
-from train.job import Request, _read_baselines, load_model, prepare, restore
+from train.job import (
+    Request,
+    _read_baselines,
+    kept_config,
+    load_model,
+    prepare,
+    restore,
+    write_checkout,
+)
 from train.metrics import MetricsFile, read_metrics
+from train.replay import tracks
 from train.run import Run
 from train.text import load_text
 
@@ -333,6 +343,47 @@ def mutated_checkpoint(source: Source, good: bytes, others: list[bytes]) -> byte
     return file_of(*mutated_header(source, *header_of(good)))
 
 
+# --- mutations of the history -------------------------------------------------------------------------------
+
+
+def mutated_history(source: Source, good: bytes, others: list[bytes]) -> bytes:
+    """Records of other lengths, orders and contents, most with the checksum of what they hold."""
+    if source.random() < 0.2:
+        return mutated_bytes(source, good, others)
+    records = []
+    while good:
+        size, _, step = FRAME.unpack_from(good)
+        records.append((step, good[FRAME.size : FRAME.size + size]))
+        good = good[FRAME.size + size :]
+    framed = [frame(*record) for record in records]
+    for _ in range(source.choice([1, 1, 2])):
+        index = source.randrange(len(records))
+        step, payload = records[index]
+        match source.randrange(6):
+            case 0:
+                framed[index] = frame(source.choice(INTEGERS) % (1 << 64), payload)
+            case 1:
+                framed[index] = mutated_bytes(source, framed[index], others)
+            case 2:
+                source.shuffle(framed)
+            case 3 if index:
+                counts = list(COUNTS.unpack_from(payload))
+                counts[source.randrange(4)] = source.choice(
+                    [*INTEGERS, *(count + source.choice([-1, 1]) for count in counts)]
+                ) % (1 << 32)
+                framed[index] = frame(step, COUNTS.pack(*counts) + payload[COUNTS.size :])
+            case 4 if index:
+                # Packed again, so that what is inside of it is read.
+                signs = COUNTS.size + (COUNTS.unpack_from(payload)[0] + 7) // 8
+                inner = mutated_bytes(source, zstd.decompress(payload[signs:]), others)
+                framed[index] = frame(step, payload[:signs] + zstd.compress(inner, 1))
+            case _ if index:
+                framed[index] = frame(step, mutated_bytes(source, payload, others))
+            case _:
+                framed[0] = frame(step, mutated_signed(source, payload, others))
+    return b"".join(framed)
+
+
 # --- mutations of SentencePiece's models --------------------------------------------------------------------
 
 
@@ -449,7 +500,7 @@ def load_checkpoint(path: Path) -> None:
 
 
 def load_signed(path: Path) -> None:
-    config, _, parameters, meta = load_model(Run.open(RUN), path)
+    config, _, parameters, meta = load_model(Run.open(RUN), [path])
     use_model(config, parameters, np.array([0, 65, 255, 1]))
     assert 0 <= meta["step"] <= config.steps
 
@@ -467,27 +518,36 @@ def load_position(path: Path) -> None:
         assert all(float(value) >= 0 for value in job.lanes.progress().values())
     finally:
         job.lanes.close()
+        for aside in path.parent.glob("*.damaged*"):  # then it went on from the checkpoint before
+            aside.rmdir() if aside.is_dir() and not aside.is_symlink() else aside.unlink()
+
+
+def load_history(path: Path) -> None:
+    """The weights that it leads to are used as `intlm checkout` writes them."""
+    run = Run.open(RUN)
+    _, config = kept_config(run)
+    engine = ReferenceEngine(config.model, config.eggroll)
+    for reached, track in tracks(path, config, engine):
+        step, parameters, meta = reached, track.parameters(), track.meta | {"step": reached}
+    out = run.checkout_path(step)
+    out.parent.mkdir(exist_ok=True)
+    write_checkout(out, parameters, meta)
+    config, _, parameters, _ = load_model(run, [out])
+    use_model(config, parameters, np.array([0, 65, 255, 1]))
 
 
 def load_config(path: Path) -> None:
-    load_model(Run.open(RUN), CHECKPOINT)
+    load_model(Run.open(RUN), [CHECKPOINT])
 
 
 def load_config_and_checkpoint(path: Path) -> None:
     """With a checkpoint that says the same of itself."""
-    good = checkpoint.read(CHECKPOINT)
-    try:
-        config = Run.open(RUN)
-        shown = RunConfig.from_dict(config.config, str(path)).shown()
-        other = CHECKPOINT.with_name("step-00000003.safetensors")
-        checkpoint.write(other, checkpoint.Checkpoint(good.arrays, good.meta | {"config": shown}))
-        try:
-            config, _, parameters, _ = load_model(config, other)
-        except InputError as error:
-            raise InputError(str(error).replace(other.name, path.name)) from error
-        use_model(config, parameters, np.array([0, 65, 255, 1]))
-    finally:
-        pass
+    good, run = checkpoint.read(CHECKPOINT), Run.open(RUN)
+    said = RunConfig.from_dict(run.config, str(path)).shown()
+    other = CHECKPOINT.with_name("other.safetensors")
+    checkpoint.write(other, checkpoint.Checkpoint(good.arrays, good.meta | {"config": said}))
+    config, _, parameters, _ = load_model(run, [other])
+    use_model(config, parameters, np.array([0, 65, 255, 1]))
 
 
 def load_data(path: Path) -> None:
@@ -552,8 +612,12 @@ LOADERS = {
     "checkpoint, signed again": Loader(CHECKPOINT, mutated_signed, load_signed, 12_000),
     "its numbers": Loader(CHECKPOINT, mutated_numbers, load_state, 4_000),
     "its position": Loader(CHECKPOINT, mutated_position, load_position, 5_000, blamed=("text.txt",)),
+    "history": Loader(
+        RUN / "history/step-00000000.history", mutated_history, load_history, 8_000, blamed=("checkouts",)
+    ),
     "config.json": Loader(RUN / "config.json", mutated_json, load_config, 15_000),
-    "config.json and checkpoint": Loader(RUN / "config.json", mutated_json, load_config_and_checkpoint, 8_000),
+    "config.json and checkpoint": Loader(RUN / "config.json", mutated_json, load_config_and_checkpoint, 8_000,
+        blamed=("other.safetensors",)),
     "data.json": Loader(RUN / "data.json", mutated_json, load_data, 5_000),
     "baselines.json": Loader(RUN / "baselines.json", mutated_json, load_baselines, 12_000),
     "metrics.jsonl": Loader(RUN / "metrics.jsonl", mutated_lines, load_metrics, 12_000),
@@ -610,7 +674,7 @@ def complaint(name: str, path: Path) -> str:
 
 def put(kind: str, path: Path) -> None:
     """Something else in the place of a file."""
-    path.unlink()
+    path.unlink(missing_ok=True)
     match kind:
         case "pipe":
             os.mkfifo(path)
@@ -685,8 +749,7 @@ def load_all(name: str, first: int, count: int) -> dict[str, object]:
         watched.load(kind)
         if not loader.path.is_symlink() and loader.path.is_dir():
             loader.path.rmdir()
-        else:
-            loader.path.unlink()
+        loader.path.unlink(missing_ok=True)
         loader.path.write_bytes(valid[0])
     return watched.told()
 

@@ -1,11 +1,11 @@
 """Bad input: one line that names what is wrong and what is accepted, exit code 2, nothing on disk touched."""
 
-import fcntl
 import gzip
 import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from intlm import checkpoint
 from intlm.checkpoint import Checkpoint
 from intlm.cli import main
 from train import job
+from train.lock import locked
 
 SMALL = ["--engine", "reference", "--set", "population=4", "--set", "segment=8"]
 TRAIN = ["train", "tiny", "--data", "text.txt", "--steps", "2", *SMALL]
@@ -282,12 +283,10 @@ def test_a_run_that_another_process_trains(copy: Path, capsys: pytest.CaptureFix
     # The run is made to look unfinished, since a finished one is not trained.
     for path in sorted((copy / "runs/good/checkpoints").iterdir())[1:]:
         path.unlink()
-    descriptor = os.open(copy / "runs/good", os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        assert "runs/good: another process is training this run" in refused(capsys, GOOD)
-    finally:
-        os.close(descriptor)
+    with locked(Path("runs/good")):
+        owner = f"process {os.getpid()} on {socket.gethostname()!r}"
+        for command in (GOOD, [*TRAIN, "--run", "good", "--set", "seed=1"]):
+            assert f"runs/good: another process is training this run, {owner}" in refused(capsys, command)
     assert main(GOOD) == 0
 
 
@@ -347,16 +346,20 @@ def truncate(path: Path, size: int) -> None:
 
 
 def later_version(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
+    content = path.read_bytes().replace(b'"version":"1"', b'"version":"2"')
+    path.write_bytes(content.replace(b'"sha256":"', b'"sha":"      '))
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.unlink() or path.mkdir(), "is a directory; a checkpoint is a file"),
     (lambda path: truncate(path, 0), "truncated"),
     (lambda path: truncate(path, 100), "truncated"),
     (lambda path: truncate(path, -1), "truncated"),
     (lambda path: flip(path, -1), "damaged: its content does not match its SHA-256"),
     (lambda path: flip(path, 0), "step-00000002.safetensors"),
     (lambda path: path.write_text(words(2)), "not a safetensors file"),
+]
+OTHERS: list[tuple[Callable[[Path], object], str]] = [
     (later_version, "is of format version 2; this intlm reads up to 1: update intlm"),
     (
         lambda path: rewrite(path, lambda saved: saved.meta.update(tokenizer="0" * 64)),
@@ -407,15 +410,48 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "expected"), DAMAGES, ids=[expected for _, expected in DAMAGES])
-def test_a_damaged_checkpoint(
-    copy: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], expected: str
+@pytest.mark.parametrize(("change", "expected"), OTHERS, ids=[expected for _, expected in OTHERS])
+def test_a_checkpoint_of_something_else(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], expected: str
 ) -> None:
-    damage(copy / LAST)
+    """It is not damaged, so that no older one is taken in its place."""
+    change(copy / LAST)
     for command in (GOOD, ["train", "--run", "good"], ["sample", "good"], ["eval", "good"], ["sample", LAST]):
         line = refused(capsys, command)
         assert "step-00000002.safetensors" in line
         assert expected in line
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES, ids=[expected for _, expected in DAMAGES])
+def test_a_damaged_checkpoint(
+    copy: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], expected: str
+) -> None:
+    """The one before is taken, which one line says; where there is none, the command is refused."""
+    whole = (copy / LAST).read_bytes()
+    first = LAST.replace("2.safe", "1.safe")
+    damage(copy / LAST)
+    for command in (SAMPLE, ["eval", "good", "--engine", "reference"], GOOD):
+        assert main(command) == 0
+        line = capsys.readouterr().err
+        assert expected in line
+        assert line.startswith(f"intlm: {LAST}: ")
+        assert line.count("\n") == 1
+        assert f"{first} " in line
+    assert (copy / LAST).read_bytes() == whole
+    aside = copy / (LAST + ".damaged")
+    assert aside.exists()
+    assert main(GOOD) == 0
+    assert capsys.readouterr().err == ""
+    for path in (LAST, first):
+        damage(copy / path)
+    for command in (GOOD, ["train", "--run", "good"], SAMPLE, ["eval", "good"]):
+        line = refused(capsys, command)
+        assert LAST in line
+        assert first in line
+    if (copy / LAST).is_file():
+        for name in (LAST, "good@2"):
+            assert expected in refused(capsys, ["sample", name])
+    assert aside.exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from intlm.checkpoint import FORMAT_VERSION, HEADER_LIMIT, Checkpoint, expect, read, replace_file, write
-from intlm.errors import InputError
+from intlm.errors import DamagedError, InputError
 
 SMALL = Checkpoint(
     {
@@ -73,6 +73,7 @@ def header_of(content: bytes) -> tuple[dict, bytes]:
 def error_of(path: Path) -> str:
     with pytest.raises(InputError) as raised:
         read(path)
+    assert isinstance(raised.value, DamagedError) == ("update intlm" not in str(raised.value))
     message = str(raised.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
@@ -124,6 +125,7 @@ def test_other_programs_can_open_the_file(small: Path) -> None:
 
 
 def test_every_damaged_byte_is_found(small: Path) -> None:
+    """And called damage, whatever it makes of the file."""
     content = small.read_bytes()
     assert 500 < len(content) < 2000
     for index in range(len(content)):
@@ -131,7 +133,7 @@ def test_every_damaged_byte_is_found(small: Path) -> None:
             damaged = bytearray(content)
             damaged[index] ^= flip
             small.write_bytes(damaged)
-            error_of(small)
+            assert "update intlm" not in error_of(small)
 
 
 def test_every_truncation_is_found(small: Path) -> None:
@@ -265,6 +267,12 @@ def test_a_later_version_says_which(small: Path) -> None:
     header["__metadata__"].pop("meta")  # a later version may differ in anything else
     small.write_bytes(safetensors_file(header, data))
     assert error_of(small) == "is of format version 2; this intlm reads up to 1: update intlm"
+
+
+@pytest.mark.parametrize("version", [b"3", b"9"])
+def test_a_flipped_bit_in_the_version_is_damage(small: Path, version: bytes) -> None:
+    small.write_bytes(small.read_bytes().replace(b'"version":"1"', b'"version":"' + version + b'"'))
+    assert error_of(small) == "damaged: its format version is not what was written"
 
 
 @pytest.mark.parametrize("version", ["0", "01", "", "one", "-1", "²", "9" * 5000, None, 1])

@@ -328,6 +328,21 @@ def test_a_checkpoint_is_a_run_too(home: Path) -> None:
     assert newest == run(home, "sample", "runs/whole", *REFERENCE) != older
 
 
+def test_a_checkpoint_by_its_step_and_the_best(home: Path) -> None:
+    assert sample_of(home, "whole@60") == sample_of(home, "runs/whole/checkpoints/step-00000060.safetensors")
+    scores = {
+        line["step"]: line["held_out_bits_per_byte"]
+        for line in read_metrics(home / "runs/whole/metrics.jsonl")
+        if line["step"] and "held_out_bits_per_byte" in line
+    }
+    best = min(scores, key=lambda step: scores[step])
+    assert sample_of(home, "whole@best") == sample_of(home, f"whole@{best}")
+
+
+def sample_of(home: Path, name: str) -> bytes:
+    return run(home, "sample", name, *REFERENCE, "--tokens", "40")
+
+
 @pytest.mark.parametrize("delay", [1, 2])
 def test_an_interrupted_command_ends_at_once(home: Path, delay: float) -> None:
     process = start(home, ["sample", "whole", *XLA, "--tokens", "1000000000"])
@@ -393,7 +408,9 @@ def test_audit_of_a_run(home: Path) -> None:
     assert sum(operation["count"] for operation in result["operations"]) > 1000
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["eval"], ["data"], ["audit"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["sample"], ["eval"], ["check"], ["data"], ["audit"], ["bench"]]
+)
 def test_help(home: Path, command: list[str]) -> None:
     text = run(home, *command, "--help").decode()
     assert text.startswith("usage: intlm")

@@ -1,4 +1,4 @@
-from functools import cache
+from functools import cache, reduce
 from itertools import pairwise
 
 import jax
@@ -114,9 +114,23 @@ def test_population_step_gives_the_same_bits(case, seed, corruption, first_pair)
     config = CASES[case][0]
     assert {name: value.shape for name, value in votes.items()} == model.shapes(config)
     assert all(value.dtype == np.int32 for value in votes.values())
-    assert all(np.asarray(value).dtype == np.int64 for value in statistics.values())
+    kinds = {name: np.asarray(value).dtype for name, value in statistics.items()}
+    assert kinds.pop("fitness", np.int8) == np.int8
+    assert set(kinds.values()) == {np.dtype(np.int64)}
     assert state.dtype == np.int8 and state.shape == arguments[-1].shape
     assert state.min() >= -127
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name][1].estimator == "weight"])
+@settings(max_examples=15)
+@given(seed=seeds, corruption=corruptions, first_pair=st.sampled_from([0, 1, 5, 2**23 - 6]))
+def test_fitness_and_noise_give_the_votes_again(case, seed, corruption, first_pair):
+    arguments = inputs(case, seed, corruption)
+    for engine in engines(case):
+        votes, statistics, _ = engine.population_step(*arguments, first_pair)
+        expected = {name: value for name, value in votes.items() if name != "embedding"}
+        found = engine.fitness_votes(arguments[1], statistics["fitness"], first_pair)
+        assert_same(expected, found, f"{case}, {engine.name}")
 
 
 @cases
@@ -171,7 +185,7 @@ def test_scales_and_update_give_the_same_bits_after_a_step(case):
 
 def added(parts):
     votes = {name: sum(part[0][name] for part in parts) for name in parts[0][0]}
-    statistics = {name: sum(part[1][name] for part in parts) for name in parts[0][1]}
+    statistics = reduce(eggroll.join, [part[1] for part in parts])
     return votes, statistics, np.concatenate([part[2] for part in parts])
 
 
@@ -281,6 +295,8 @@ def test_where_members_change_places_votes_change_sign(case, seed, corruption):
         patch.setattr(reference_module, "_SIGNS", -reference_module._SIGNS)
         swapped = engine.population_step(*arguments)
     assert_same({name: -value for name, value in votes.items()}, swapped[0])
+    if "fitness" in statistics:
+        np.testing.assert_array_equal(-statistics.pop("fitness"), swapped[1].pop("fitness"))
     assert_same((statistics, after), swapped[1:])
 
 

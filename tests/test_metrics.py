@@ -1,6 +1,7 @@
 """The metrics file: whatever a crash leaves, a resumed run has every step once."""
 
 import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -132,11 +133,67 @@ def test_a_failed_rewrite_leaves_the_old_file(path: Path, monkeypatch: pytest.Mo
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_a_full_disk_while_appending() -> None:
-    with (
-        pytest.raises(InputError, match="/dev/full: cannot be written: No space left on device"),
-        Path("/dev/full").open("ab", buffering=0) as file,
-        MetricsFile(Path("/dev/full"), file) as metrics,
-    ):
-        metrics.append(1, train=5)
+class Disk(io.FileIO):
+    """A file on a disk that takes `room` bytes."""
+
+    room = 10**9
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        taken = data[: self.room]
+        if data and not taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(taken)
+        return super().write(taken)
+
+
+def test_lines_wait_while_the_disk_is_full(path: Path) -> None:
+    """However much of a line fits: it is never torn in the middle of the file, and nothing is lost."""
+    whole = path.read_bytes()
+    for room in range(1, 60, 7):
+        path.write_bytes(b"")
+        said: list[str] = []
+        disk = Disk(path, "ab")
+        with MetricsFile(path, disk, said.append) as metrics:
+            disk.room = room
+            for step in range(5):
+                metrics.append(step, train=100 - step)
+                if step in (0, 2):
+                    metrics.append(step, held_out=200 - step)
+                metrics.sync()
+                assert whole.startswith(path.read_bytes())
+                assert steps(path) == [0, 0, 1, 2, 2, 3, 4][: len(steps(path))]
+            assert len(path.read_bytes()) == room
+            disk.room = 10**9
+            metrics.sync()
+            assert path.read_bytes() == whole
+        assert said == [
+            f"{path}: cannot be written: No space left on device; training goes on, and its lines wait",
+            f"{path}: can be written again",
+        ]
+
+
+def test_lines_that_wait_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.metrics.MOST_WAITING", 3)
+    said: list[str] = []
+    disk = Disk(path, "ab")
+    with MetricsFile(path, disk, said.append) as metrics:
+        disk.room = 5
+        for step in range(10, 20):
+            metrics.append(step)
+        disk.room = 10**9
+        metrics.append(20)
+        disk.room = 0
+        metrics.append(21)
+    assert steps(path)[7:] == [10, 18, 19, 20]
+    assert said[1] == f"{path}: can be written again; 7 lines are lost"
+    assert said[3] == f"{path}: 1 lines could not be written and are lost"
+
+
+def test_scores(path: Path) -> None:
+    with MetricsFile.open(path, 9) as metrics:
+        assert metrics.scores == {}
+        metrics.append(5, held_out_bits_per_byte=2.5)
+        metrics.append(6, held_out_bits_per_byte=3.5)
+        assert metrics.scores == {5: 2.5, 6: 3.5}
+    with MetricsFile.open(path, 5) as metrics:
+        assert metrics.scores == {5: 2.5}

@@ -1,13 +1,14 @@
 """The run directory: made once, found by name or path, never taken for what it is not."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from intlm.errors import InputError
-from train.run import Run, differences, find_checkpoint, resolve
+from intlm.errors import DamagedError, InputError
+from train.run import Run, differences, find_checkpoint, read_newest, resolve
 
 CONFIG = {"model": {"width": 64, "layers": [1, 2]}, "data": "stdlib", "seed": 7}
 
@@ -114,6 +115,41 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: int) -> None:
     assert run.checkpoints() == newest
 
 
+@pytest.mark.parametrize(
+    ("keep_every", "scores", "left"),
+    [
+        (0, {}, [50, 60]),
+        (20, {}, [20, 40, 50, 60]),
+        (0, {10: 2.0, 20: 1.0, 30: 1.0, 50: 3.0}, [20, 50, 60]),
+        (0, {60: 0.5, 15: 0.1}, [50, 60]),
+        (30, {10: 0.5}, [10, 30, 50, 60]),
+    ],
+)
+def test_prune_keeps_what_is_to_stay_and_the_best(
+    tmp_path: Path, keep_every: int, scores: dict[int, float], left: list[int]
+) -> None:
+    run = Run.create(tmp_path / "one", CONFIG)
+    add_checkpoints(run, 10, 20, 30, 40, 50, 60)
+    run.prune(2, keep_every, scores)
+    assert run.checkpoints() == [run.checkpoint_path(step) for step in left]
+
+
+def test_the_first_that_is_whole() -> None:
+    def read(path: Path) -> str:
+        if path.name.startswith("bad"):
+            raise DamagedError(f"{path}: bad")
+        if path.name.startswith("other"):
+            raise InputError(f"{path}: of another configuration")
+        return path.name.upper()
+
+    path, value, damages = read_newest([Path("bad1"), Path("bad2"), Path("good"), Path("bad3")], read)
+    assert (path, value, [*map(str, damages)]) == (Path("good"), "GOOD", ["bad1: bad", "bad2: bad"])
+    with pytest.raises(DamagedError, match=r"^bad1: bad; bad2: bad$"):
+        read_newest([Path("bad1"), Path("bad2")], read)
+    with pytest.raises(InputError, match=r"^other: of another configuration$"):
+        read_newest([Path("bad1"), Path("other"), Path("good")], read)
+
+
 def test_resolve(here: Path) -> None:
     run = Run.create(Path("runs/one"), CONFIG)
     add_checkpoints(run, 10, 20)
@@ -138,18 +174,43 @@ def test_find_checkpoint(here: Path) -> None:
         find_checkpoint("one")
     add_checkpoints(run, 10, 20)
     Path("one").write_text("a file of the same name")
-    assert find_checkpoint("one") == (run, run.checkpoint_path(20))
-    found, path = find_checkpoint(str(run.checkpoint_path(10)))
-    assert (found.config, path) == (CONFIG, here / run.checkpoint_path(10))
+    assert find_checkpoint("one") == (run, [run.checkpoint_path(20), run.checkpoint_path(10)])
+    found, paths = find_checkpoint(str(run.checkpoint_path(10)))
+    assert (found.config, paths) == (CONFIG, [here / run.checkpoint_path(10)])
+
+
+def test_find_a_checkpoint_by_its_step_or_score(here: Path) -> None:
+    run = Run.create(Path("runs/one"), CONFIG)
+    add_checkpoints(run, 10, 20, 30)
+    # Of equal scores the earliest; those of step 0 and of steps whose checkpoint has gone do not count.
+    scores = {0: 1.0, 10: 3.0, 20: 2.0, 25: 1.5, 30: 2.0}
+    lines = [json.dumps({"step": step, "held_out_bits_per_byte": score}) for step, score in scores.items()]
+    for name, step in (("one@10", 10), ("one@best", 20), ("runs/one@030", 30), ("./runs/one@best", 20)):
+        run.metrics_path.write_text("\n".join([*lines, '{"step": 30}']) + "\n")
+        assert find_checkpoint(name)[1] == [run.checkpoint_path(step)]
+    for name, message in (
+        ("one@15", "RUN: 'one@15': no checkpoint of step 15 (there are 10, 20, 30)"),
+        ("two@15", "RUN: no run 'two'; runs/ has 1, one for one"),
+        ("one@worst", "RUN: no run 'one@worst'; did you mean one?"),
+    ):
+        with pytest.raises(InputError) as raised:
+            find_checkpoint(name)
+        assert str(raised.value) == message
+    run.metrics_path.write_text("")
+    with pytest.raises(InputError, match="no checkpoint whose step has been evaluated"):
+        find_checkpoint("one@best")
+    other = Run.create(Path("runs/one@best"), CONFIG)
+    add_checkpoints(other, 1)
+    assert find_checkpoint("one@best")[1] == [other.checkpoint_path(1)]
 
 
 def test_find_checkpoint_from_inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_checkpoints(Run.create(Path("runs/one"), CONFIG), 10, 20)
     monkeypatch.chdir("runs/one/checkpoints")
-    run, path = find_checkpoint("step-00000010.safetensors")
+    run, [path] = find_checkpoint("step-00000010.safetensors")
     assert (run.name, path.name) == ("one", "step-00000010.safetensors")
     monkeypatch.chdir("..")
-    run, path = find_checkpoint(".")
+    run, [path, _] = find_checkpoint(".")
     assert (run.name, path.name) == ("one", "step-00000020.safetensors")
 
 

@@ -96,7 +96,7 @@ def test_scores_without_votes_are_the_same(case, engine):
     _, statistics, state = made.population_step(*arguments)
     votes, alone, state_alone = made.population_step(*arguments, votes=False)
     assert votes == {}
-    assert_same({name: statistics[name] for name in eggroll.SCORE_STATISTICS}, alone)
+    assert_same(eggroll.of_scores(statistics), alone)
     assert_same(state, state_alone)
 
 

@@ -1,5 +1,7 @@
 """TensorBoard events, read back from the file by the format's definition."""
 
+import errno
+import os
 import re
 import struct
 import subprocess
@@ -157,11 +159,37 @@ def test_many_points_arrive(tmp_path: Path) -> None:
 def test_a_full_disk_is_reported_and_nothing_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 5.0)
     (tmp_path / "events.out.tfevents.0000000005.00000000").symlink_to("/dev/full")
+    monkeypatch.setattr("train.tracking.FLUSH_SECONDS", -1)
     message = re.escape(f"{tmp_path}: cannot be written: No space left on device")
-    with pytest.raises(InputError, match=message), Tracker(tmp_path, -1) as tracker:
-        for step in range(10_000):
-            tracker.scalars(step, {"x": step})
-    tracker.close()
+    with pytest.raises(InputError, match=message):
+        Tracker(tmp_path, -1)
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are dropped, it is said once, and what comes later can be read."""
+    said: list[str] = []
+    with Tracker(tmp_path, -1, said.append) as tracker:
+        tracker.scalars(1, {"x": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+            for step in range(2, 5):
+                tracker.scalars(step, {"x": step})
+            patch.setattr("train.tracking.RETRY_SECONDS", 0)
+            patch.setattr("tensorboardX.record_writer.open_file", full)
+            tracker.scalars(5, {"x": 5})
+        tracker.scalars(6, {"x": 6})  # too early to try again
+        monkeypatch.setattr("train.tracking.RETRY_SECONDS", 0)
+        tracker.scalars(7, {"x": 7})
+        tracker.scalars(8, {"x": 8})
+    assert scalars(tmp_path) == [(1, "x", 1), (7, "x", 7), (8, "x", 8)]
+    assert said == [
+        f"{tmp_path}: cannot be written: No space left on device; training goes on without its events",
+        f"{tmp_path}: can be written again",
+    ]
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_events_are_flushed_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from intlm.checkpoint import replace_file
 from intlm.errors import InputError
 
 SAVED = b'{"kind": "bytes"}\n'
@@ -54,7 +55,7 @@ class ByteTokenizer:
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` into `directory`, which is made if it is not there. May raise `OSError`."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.json").write_bytes(SAVED)
+        replace_file(directory / "tokenizer.json", [SAVED])
 
     @property
     def digest(self) -> str:

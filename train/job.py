@@ -1,8 +1,13 @@
 """A training job: everything that the loop needs, from what a person asked for."""
 
+import contextlib
+import copy
 import dataclasses
+import errno
 import json
+import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -14,19 +19,25 @@ from eval.baselines import Baselines, baselines
 from eval.bits import Evaluator
 from intlm import checkpoint, fixedpoint, model
 from intlm.checkpoint import Checkpoint
+from intlm.eggroll import Statistics
 from intlm.engine.engine import Engine, make_engine
-from intlm.errors import InputError, brief, shown
+from intlm.errors import DamagedError, InputError, brief, shown
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
+from intlm.history import Recorder
 from intlm.untrusted import parse_json, read_file
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
 from train.lanes import Lanes
-from train.run import DATA, RUNS, Run, differences, encode_fingerprints
+from train.lock import LOCK, is_ours, locked
+from train.run import CHECKOUTS, DATA, RUNS, Run, differences, encode_fingerprints, read_newest
 from train.text import Text, evaluated, load_text
+from train.trouble import Warn, warn_plainly
 
 DEFAULT_PRESET = "small"
 DEFAULT_MINUTES = "5"
+DEFAULT_HISTORY = 1000
+"""Disk for the history, in units of 10^6 bytes."""
 CALIBRATION_SECONDS = 3
 LONGEST_RUN = (1 << 31) - 1
 """Steps in a run at most: the step is a 32-bit counter of the noise."""
@@ -62,6 +73,8 @@ class Request:
     evaluate_every: int = 0
     checkpoint_every: int = 0
     keep: int = 3
+    keep_every: int = 0
+    history: int = DEFAULT_HISTORY
 
     def __post_init__(self) -> None:
         """Raise InputError for counts out of range and for steps and minutes at once."""
@@ -73,11 +86,13 @@ class Request:
             raise InputError(f"--steps {self.steps}: must be from 1 to {LONGEST_RUN}")
         if self.minutes is not None:
             _minutes(self.minutes)
-        for name in ("chunk", "evaluate_every", "checkpoint_every"):
+        for name in ("chunk", "evaluate_every", "checkpoint_every", "keep_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         if self.keep < 1:
             raise InputError(f"--keep {self.keep}: must be 1 or more")
+        if self.history < 0:
+            raise InputError(f"--history {self.history}: must be 0 (none) or more")
 
     @property
     def directory(self) -> Path:
@@ -118,36 +133,73 @@ class Job:
     baselines: dict[str, float]
     resumed: bool
     notes: list[str]
+    history: Recorder | None
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
         return asked or -(-self.config.steps // EVALUATIONS)
 
-    def save(self, state: EvolutionState) -> Path:
-        """Write a checkpoint of `state`, which the lanes stand behind, and drop old ones."""
-        arrays = {f"master.{name}": np.asarray(value) for name, value in state.masters.items()}
-        arrays |= {f"scale.{name}": np.asarray(value) for name, value in state.scales.items()}
-        arrays |= {
-            "head_bias": np.asarray(state.head_bias),
-            "recurrent": np.asarray(state.recurrent),
-        }
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the history of the steps that are taken inside."""
+        if self.history is None:
+            yield
+            return
+        self.history.start(self.state.step, self.state.masters, self.weights(self.state))
+        try:
+            yield
+        finally:
+            self.history.close()
+
+    def record(self, state: EvolutionState, statistics: Statistics) -> None:
+        """Take a step into the history; `statistics` are its own."""
+        if self.history is not None:
+            fitness = statistics.get("fitness")
+            self.history.append(state.step, state.masters, self.weights(state), fitness)
+
+    def weights(self, state: EvolutionState) -> model.Parameters:
+        """The int8 weights of a state, and the head bias."""
+        return self.evolution.parameters(state.masters, state.head_bias)
+
+    def snapshot(self, state: EvolutionState) -> Callable[[], Checkpoint]:
+        """What makes the checkpoint of `state`, which the lanes stand behind: now or later, in any thread."""
         meta = {
             "config": self.config.shown(),
             "step": state.step,
-            "position": self.lanes.position,
+            "position": copy.deepcopy(self.lanes.position),
             "tokenizer": self.tokenizer.digest,
             "text": self.digests,
         }
-        path = self.run.checkpoint_path(state.step)
-        checkpoint.write(path, Checkpoint(arrays, meta))
-        self.run.prune(self.request.keep)
-        return path
+
+        def make() -> Checkpoint:
+            # No step writes to the arrays of another.
+            arrays = {f"master.{name}": np.asarray(value) for name, value in state.masters.items()}
+            arrays |= {f"scale.{name}": np.asarray(value) for name, value in state.scales.items()}
+            arrays |= {
+                "head_bias": np.asarray(state.head_bias),
+                "recurrent": np.asarray(state.recurrent),
+            }
+            return Checkpoint(arrays, meta)
+
+        return make
+
+
+@contextlib.contextmanager
+def claimed(request: Request) -> Iterator[None]:
+    """Hold the lock of the run that `request` names, from before anything is read or written.
+
+    Raises InputError where another process trains it, or where the directory is neither a run nor to become one.
+    """
+    _existing_run(request.directory)
+    with locked(request.directory):
+        yield
 
 
 def prepare(request: Request, say: Any) -> Job:
-    """Open the run that `request` names and restore it, or make it. `say` tells a person a line.
+    """Open the run that `request` names (see `claimed`) and restore it, or make it. `say` tells a person a line.
 
-    Raises InputError; a run on disk is then as it was.
+    A newest checkpoint that is damaged is set aside, and the one before is taken. Raises InputError; a run on
+    disk is then as it was.
     """
     directory = request.directory
     run = _existing_run(directory)
@@ -159,9 +211,9 @@ def prepare(request: Request, say: Any) -> Job:
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
     lanes = _lanes(config, text, tokenizer)
     resumed = run is not None
-    latest = run.latest() if run else None
-    if latest:
-        state = zeros(config.model, config.eggroll)  # the checkpoint has the values, and may lack the shapes
+    found = run.checkpoints()[::-1] if run else []
+    if found:
+        state = zeros(config.model, config.eggroll)  # a checkpoint has the values, and may lack the shapes
     else:
         state = initial(config.model, config.eggroll, text.counts(tokenizer))
     if not config.steps:
@@ -182,9 +234,18 @@ def prepare(request: Request, say: Any) -> Job:
             DATA: encode_fingerprints(text.fingerprints()),
         }
         run = Run.create(directory, config.as_dict(), files)
-    notes = []
-    if latest:
-        state, meta = restore(latest, config, tokenizer, state)
+    _check_writable(directory)
+    notes: list[str] = []
+    damages: list[DamagedError] = []
+    if found:
+        try:
+            latest, (state, meta), damages = read_newest(
+                found, lambda path: restore(path, config, tokenizer, state)
+            )
+        except DamagedError as error:
+            raise InputError(
+                f"{error}; no whole checkpoint is left to go on from: restore one, or name a new run with --run"
+            ) from error
         position = meta["position"]
         changed = text.changes(run.fingerprints, meta["text"])
         if changed and not request.accept_changed_data:
@@ -194,7 +255,7 @@ def prepare(request: Request, say: Any) -> Job:
             )
         try:
             if changed:
-                notes = [
+                notes += [
                     f"{change}; going on, to other bits and scores of another text" for change in changed
                 ]
                 position["sources"], lost = text.settled(position["sources"])
@@ -206,10 +267,19 @@ def prepare(request: Request, say: Any) -> Job:
             raise InputError(f"{latest}: its position is damaged: {error}") from error
         if changed:
             run.keep_fingerprints(text.fingerprints())
+        if damages:
+            notes.append(f"{'; '.join(map(str, damages))}; going on from {latest} instead")
+        for path in found[: len(damages)]:
+            _set_aside(path)
     elif resumed:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
     evolution = Evolution(engine, config.model, config.eggroll, config.steps)
+    history = None
+    if request.history:
+        meta = {"config": config.shown(), "tokenizer": tokenizer.digest, "text": text.digests}
+        limit = request.history * 10**6
+        history = Recorder(run.history_directory, config.model, config.eggroll, meta, limit, warn_plainly)
     return Job(
         request=request,
         run=run,
@@ -223,9 +293,34 @@ def prepare(request: Request, say: Any) -> Job:
         lanes=lanes,
         state=state,
         baselines=figures,
-        resumed=latest is not None,
+        resumed=bool(found),
         notes=notes,
+        history=history,
     )
+
+
+def _check_writable(directory: Path) -> None:
+    """Make sure that checkpoints can be written. Raises InputError."""
+    checkpoints = directory / "checkpoints"
+    try:
+        checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{checkpoints}: cannot be made: {error.strerror or error}") from error
+    if not os.access(checkpoints, os.W_OK | os.X_OK):
+        raise InputError(f"{checkpoints}: cannot be written: {os.strerror(errno.EACCES)}")
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is not kept in place of a good one. Raises InputError."""
+    aside = path.with_name(path.name + ".damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged{number}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise InputError(f"{path}: is damaged and cannot be renamed: {error.strerror or error}") from error
 
 
 def _existing_run(directory: Path) -> Run | None:
@@ -243,7 +338,10 @@ def _existing_run(directory: Path) -> Run | None:
 
 def _is_half_made(directory: Path) -> bool:
     """Whether `directory` is empty, or what is left of a run that was cut short while it was made."""
-    names = {path.name.removesuffix(".tmp") for path in directory.iterdir()}
+    lock = directory / LOCK
+    if lock.exists() and not is_ours(lock):
+        return False
+    names = {path.name.removesuffix(".tmp") for path in directory.iterdir()} - {LOCK}
     checkpoints = directory / "checkpoints"
     return not names or (names <= RUN_FILES and checkpoints.is_dir() and not any(checkpoints.iterdir()))
 
@@ -269,24 +367,13 @@ def restore(
 
     Raises InputError, naming the file, where it is damaged, or of another configuration or tokenizer.
     """
-    saved = checkpoint.read(path)
+    saved = _read_of_run(path, config, tokenizer, ("config", "text", "position"))
     meta = saved.meta
-    if meta.get("tokenizer") != tokenizer.digest:
-        raise InputError(f"{path}: was written with another tokenizer than the run's ({tokenizer.name})")
-    for name in ("config", "text", "position"):
-        if not isinstance(meta.get(name), dict):
-            raise InputError(f"{path}: its meta lacks the {name}")
-    if changed := differences(meta["config"], config.shown()):
-        raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
     wanted = {f"master.{name}": (value.shape, value.dtype) for name, value in like.masters.items()}
     wanted |= {f"scale.{name}": (value.shape, value.dtype) for name, value in like.scales.items()}
     for name in ("head_bias", "recurrent"):
         wanted[name] = (getattr(like, name).shape, getattr(like, name).dtype)
     checkpoint.expect(saved, wanted, path)
-    if type(meta.get("step")) is not int or meta["step"] < 0:
-        raise InputError(f"{path}: its step, {shown(meta.get('step'))}, is no count")
-    if meta["step"] > config.steps:
-        raise InputError(f"{path}: its step, {shown(meta['step'])}, is past the run's {config.steps} steps")
     arrays = saved.arrays
     for name, values in arrays.items():
         _check_range(name, values, path)
@@ -320,12 +407,69 @@ def _check_range(name: str, values: np.ndarray, path: Path) -> None:
         )
 
 
-def load_model(run: Run, path: Path) -> tuple[RunConfig, Tokenizer, model.Parameters, dict[str, Any]]:
-    """Configuration, tokenizer, int8 weights and meta of a checkpoint, for evaluation and sampling."""
-    tokenizer = load_tokenizer(run.directory)
-    config = _kept(run, tokenizer)
-    state, meta = restore(path, config, tokenizer, zeros(config.model, config.eggroll))
+def _read_of_run(path: Path, config: RunConfig, tokenizer: Tokenizer, parts: tuple[str, ...]) -> Checkpoint:
+    """A file of a run with this configuration and tokenizer, whose meta has a step and these parts."""
+    saved = checkpoint.read(path)
+    meta = saved.meta
+    if meta.get("tokenizer") != tokenizer.digest:
+        raise InputError(f"{path}: was written with another tokenizer than the run's ({tokenizer.name})")
+    for name in parts:
+        if not isinstance(meta.get(name), dict):
+            raise InputError(f"{path}: its meta lacks the {name}")
+    if changed := differences(meta["config"], config.shown()):
+        raise InputError(f"{path}: is of another configuration than the run's config.json ({changed[0]})")
+    if type(meta.get("step")) is not int or meta["step"] < 0:
+        raise InputError(f"{path}: its step, {shown(meta.get('step'))}, is no count")
+    if meta["step"] > config.steps:
+        raise InputError(f"{path}: its step, {shown(meta['step'])}, is past the run's {config.steps} steps")
+    return saved
+
+
+def write_checkout(path: Path, weights: model.Parameters, meta: dict[str, Any]) -> None:
+    """Write the weights after a step, int8, with the meta of the history that they are from."""
+    arrays = {name if name == "head_bias" else f"weight.{name}": value for name, value in weights.items()}
+    checkpoint.write(path, Checkpoint(arrays, meta))
+
+
+def _read_checkout(
+    path: Path, config: RunConfig, tokenizer: Tokenizer
+) -> tuple[model.Parameters, dict[str, Any]]:
+    saved = _read_of_run(path, config, tokenizer, ("config", "text"))
+    shapes = model.shapes(config.model)
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        f"weight.{name}": (shape, np.dtype(np.int8)) for name, shape in shapes.items()
+    }
+    wanted["head_bias"] = ((config.model.vocabulary,), np.dtype(np.int16))
+    checkpoint.expect(saved, wanted, path)
+    checkpoint.within(
+        saved, {np.dtype(np.int8): fixedpoint.WEIGHT_LIMIT, np.dtype(np.int16): fixedpoint.LOGIT_LIMIT}, path
+    )
+    weights = {name.removeprefix("weight."): array for name, array in saved.arrays.items()}
+    return weights, saved.meta
+
+
+def load_model(
+    run: Run, paths: list[Path], warn: Warn = warn_plainly
+) -> tuple[RunConfig, Tokenizer, model.Parameters, dict[str, Any]]:
+    """Configuration, tokenizer, int8 weights and meta of a checkpoint, or of a checkout of the history.
+
+    paths: as `find_checkpoint` has them; the first that is not damaged is taken.
+    """
+    tokenizer, config = kept_config(run)
+    if paths[0].parent.name == CHECKOUTS:
+        weights, meta = _read_checkout(paths[0], config, tokenizer)
+        return config, tokenizer, weights, meta
+    like = zeros(config.model, config.eggroll)
+    path, (state, meta), damages = read_newest(paths, lambda path: restore(path, config, tokenizer, like))
+    if damages:
+        warn(f"{'; '.join(map(str, damages))}; {path} is taken instead")
     return config, tokenizer, model.parameters(state.masters, state.head_bias), meta
+
+
+def kept_config(run: Run) -> tuple[Tokenizer, RunConfig]:
+    """The tokenizer and the configuration that a run has on disk. Raises InputError, naming the file."""
+    tokenizer = load_tokenizer(run.directory)
+    return tokenizer, _kept(run, tokenizer)
 
 
 def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:

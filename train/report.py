@@ -1,5 +1,6 @@
 """What a run tells people: the progress line, samples, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -14,8 +15,9 @@ from intlm.eggroll import Statistics
 from intlm.evolution import EvolutionState
 from intlm.model import Parameters
 from train.job import Job
-from train.metrics import MetricsFile
+from train.metrics import HELD_OUT, MetricsFile
 from train.tracking import BITS_PER_BYTE, Tracker
+from train.watch import Watch
 
 LOG_SECONDS = 2.0
 """Metrics are written this often at most, and with each evaluation."""
@@ -34,8 +36,8 @@ class Report:
         """Open the metrics file and the events of `job`'s run, and drop what later steps left there."""
         # Before the first step nothing has been written that is not written again.
         came_from = job.state.step or -1
-        self.metrics = MetricsFile.open(job.run.metrics_path, came_from)
-        self.tracker = Tracker(job.run.tensorboard_directory, came_from)
+        self.metrics = MetricsFile.open(job.run.metrics_path, came_from, self.warn)
+        self.tracker = Tracker(job.run.tensorboard_directory, came_from, self.warn)
         self.terminal = sys.stderr.isatty() and not quiet
         self.progress = tqdm(
             total=job.config.steps,
@@ -46,6 +48,7 @@ class Report:
             smoothing=0.05,
         )
         self.held_out: float | None = None
+        self.watch = Watch(job.config.eggroll, job.config.model, job.config.steps)
         self._evaluations = 0
         self._clear()
 
@@ -67,6 +70,18 @@ class Report:
         """A line above the progress line; nothing where there is no terminal."""
         if self.terminal:
             self.progress.write(line, file=sys.stderr)
+
+    def warn(self, line: str) -> None:
+        """A line about something wrong, in any case; from any thread."""
+        with contextlib.suppress(OSError, ValueError):  # nobody is told where standard error is closed
+            tqdm.write(f"intlm: {' '.join(line.splitlines())}", file=sys.stderr)
+
+    def _warn_of(self, step: int, signs: list[str]) -> None:
+        """Tell what `watch` has seen, wherever a person may look."""
+        for sign in signs:
+            self.warn(f"step {step}: {sign}")
+            self.metrics.append(step, warning=sign)
+            self.tracker.text(step, "warning", sign)
 
     def step(self, job: Job, step: int, statistics: Statistics) -> None:
         """Take in a step's statistics, and log now and then. Reading them waits for the step."""
@@ -106,6 +121,7 @@ class Report:
                 **{f"data/{name}": float(value) for name, value in job.lanes.progress().items()},
             },
         )
+        self._warn_of(step, self.watch.compared(self._ties, comparisons))
         shown = {"train": f"{train:.3f}", "held-out": f"{self.held_out:.3f}" if self.held_out else "-"}
         self.progress.set_postfix_str(f"{rate:,.0f} member-tokens/s, bits/byte {_join(shown)}")
         self._clear()
@@ -115,7 +131,9 @@ class Report:
         self.log(job, state.step)
         parameters = job.evolution.parameters(state.masters, state.head_bias)
         self.held_out = job.evaluator.bits_per_byte(parameters)
-        self.metrics.append(state.step, held_out_bits_per_byte=self.held_out)
+        start, before = self.metrics.start, self.metrics.scores.values()
+        self._warn_of(state.step, self.watch.scored(self.held_out, min(before, default=start), start))
+        self.metrics.append(state.step, **{HELD_OUT: self.held_out})
         self.tracker.scalars(state.step, {f"{BITS_PER_BYTE}held_out": self.held_out})
         lines = {name: value for name, value in job.baselines.items() if name != "bytes"}
         self.tracker.reference_lines(state.step, lines)
@@ -135,12 +153,17 @@ class Report:
             job.evaluator.held_out.inputs_NxS[:CONTEXT_LANES, :CONTEXT_TOKENS],
         )
         saturation: dict[str, float] = {}
+        saturated: dict[str, tuple[int, int]] = {}
         for group, arrays in (("weights", weights), ("activations", seen)):
             for name, values in arrays.items():
                 counts = np.bincount(values.reshape(-1).astype(np.int64) + 128, minlength=256)
                 self.tracker.histogram(step, f"{group}/{name}", counts)
-                saturation[f"saturation_{group}/{name}"] = float(counts[1] + counts[255]) / values.size
+                at_ends = int(counts[1] + counts[255])
+                saturation[f"saturation_{group}/{name}"] = at_ends / values.size
+                if group == "weights":
+                    saturated[name] = at_ends, values.size
         self.tracker.scalars(step, saturation)
+        self._warn_of(step, self.watch.weighed(saturated))
 
 
 def sample_text(job: Job, parameters: Parameters) -> str:

@@ -6,21 +6,22 @@ runs/<name>/data.json                             what tells whether a corpus ha
 runs/<name>/metrics.jsonl                         see `train.metrics`
 runs/<name>/tensorboard/                          see `train.tracking`
 runs/<name>/checkpoints/step-00001000.safetensors see `intlm.checkpoint`
+runs/<name>/history/step-00000000.history         see `intlm.history`
+runs/<name>/lock                                  while a process trains, see `train.lock`
 """
 
-import contextlib
 import difflib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from intlm.checkpoint import replace_file
-from intlm.errors import LONGEST_SHOWN, InputError, brief
+from intlm.errors import LONGEST_SHOWN, DamagedError, InputError, brief
 from intlm.untrusted import parse_json, read_file
+from train.metrics import read_metrics, scores_of
 
 RUNS = Path("runs")  # below the current directory
 CHECKPOINT_NAME = re.compile(r"step-([0-9]+)\.safetensors")
@@ -30,6 +31,9 @@ DATA = "data.json"
 LARGEST_CONFIG = 1 << 20
 LARGEST_DATA = 256 << 20
 """Bytes of `data.json`: the fingerprints of about two million files."""
+CHECKOUTS = "checkouts"
+
+Read = TypeVar("Read")
 
 
 def encode_fingerprints(fingerprints: dict[str, Any]) -> bytes:
@@ -115,34 +119,18 @@ class Run:
         """The directory for `train.tracking.Tracker`."""
         return self.directory / "tensorboard"
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from training this run. Raises `InputError` where one does.
-
-        The system lets go of the lock when the process ends, however it ends; nothing is left on disk.
-        """
-        if os.name != "posix":
-            yield  # other systems cannot lock a directory
-            return
-        import fcntl
-
-        try:
-            descriptor = os.open(self.directory, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"{self.directory}: cannot be opened: {error.strerror}") from error
-        try:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(f"{self.directory}: another process is training this run") from None
-            yield
-        finally:
-            os.close(descriptor)
+    @property
+    def history_directory(self) -> Path:
+        """The directory for `intlm.history.Recorder`."""
+        return self.directory / "history"
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint after `step` training steps belongs."""
         return self.directory / "checkpoints" / f"step-{step:08d}.safetensors"
+
+    def checkout_path(self, step: int) -> Path:
+        """Where the weights after `step` steps belong that were rebuilt from the history."""
+        return self.directory / CHECKOUTS / f"step-{step:08d}.safetensors"
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, oldest step first; empty where there are none."""
@@ -157,13 +145,51 @@ class Run:
         paths = self.checkpoints()
         return paths[-1] if paths else None
 
-    def prune(self, keep: int) -> None:
-        """Delete all checkpoints but the newest `keep`. The newest stays even where `keep` is less than 1."""
-        for path in self.checkpoints()[: -max(keep, 1)]:
+    def prune(self, keep: int, keep_every: int = 0, scores: Mapping[int, float] | None = None) -> None:
+        """Delete all checkpoints but the newest `keep`, every `keep_every`-th step's (0: none), and the best.
+
+        `scores`: held-out bits per byte by step, see `best_step`. The newest stays even where `keep` is less
+        than 1. Raises `InputError` where one cannot be removed.
+        """
+        paths = self.checkpoints()
+        best = best_step(scores or {}, map(step_of, paths))
+        for path in paths[: -max(keep, 1)]:
+            step = step_of(path)
+            if step == best or (keep_every and step % keep_every == 0):
+                continue
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 raise InputError(f"{path}: cannot be removed: {error.strerror or error}") from error
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its file's name. Raises `ValueError` for another name."""
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} has no name of a checkpoint")
+    return int(match[1])
+
+
+def best_step(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    """Of `steps`, the one with the lowest score, the earliest of equals; None where none has a score."""
+    found = [(scores[step], step) for step in steps if step in scores]
+    return min(found)[1] if found else None
+
+
+def read_newest(paths: Iterable[Path], read: Callable[[Path], Read]) -> tuple[Path, Read, list[DamagedError]]:
+    """The first of `paths` (checkpoints, the newest first) that `read` finds whole, and what it makes of it.
+
+    Also the damages of those before it. Raises `DamagedError` where all are damaged, and whatever else `read`
+    raises: what is not damaged, but does not fit, is not passed over.
+    """
+    damages: list[DamagedError] = []
+    for path in paths:
+        try:
+            return path, read(path), damages
+        except DamagedError as error:
+            damages.append(error)
+    raise DamagedError("; ".join(map(str, damages)))
 
 
 def resolve(name: str) -> Path:
@@ -185,7 +211,10 @@ def _resolve(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         directory = path.absolute().parent.parent
-        if path.absolute().parent.name == "checkpoints" and (directory / "config.json").is_file():
+        if (
+            path.absolute().parent.name in ("checkpoints", CHECKOUTS)
+            and (directory / "config.json").is_file()
+        ):
             return directory
         raise InputError(
             f"RUN: {name!r} is not a checkpoint of a run (runs/NAME/checkpoints/step-*.safetensors)"
@@ -201,19 +230,39 @@ def _resolve(name: str) -> Path:
     raise InputError(f"RUN: no run {name!r}; {hint}")
 
 
-def find_checkpoint(name: str) -> tuple[Run, Path]:
-    """The run that `name` means (see `resolve`) and the checkpoint to take.
+def find_checkpoint(name: str) -> tuple[Run, list[Path]]:
+    """The run that `name` means (see `resolve`) and the checkpoints to take, the first that is whole.
 
-    That is the checkpoint that `name` is, or else the run's newest. Raises `InputError` where there is none.
+    These are the checkpoint that `name` is, or that RUN@best or RUN@STEP names, or else all of the run's, the
+    newest first. Raises `InputError` where there is none.
     """
-    run = Run.open(resolve(name))
+    directory, mark = _marked(name)
+    run = Run.open(directory)
+    paths = run.checkpoints()
+    steps = [step_of(path) for path in paths]
     path = Path(name).absolute()
-    if path.is_file() and path.parent.parent == run.directory:
-        return run, path
-    latest = run.latest()
-    if latest is None:
+    if not mark and path.is_file() and path.parent.parent == run.directory:
+        return run, [path]
+    if not paths:
         raise InputError(f"RUN: {name!r} has no checkpoint yet; `intlm train` writes one")
-    return run, latest
+    if not mark:
+        return run, paths[::-1]
+    step = best_step(scores_of(read_metrics(run.metrics_path)), steps) if mark == "best" else int(mark)
+    if step not in steps:
+        what = "whose step has been evaluated" if mark == "best" else f"of step {mark}"
+        raise InputError(f"RUN: {name!r}: no checkpoint {what} (there are {', '.join(map(str, steps))})")
+    return run, [paths[steps.index(step)]]
+
+
+def _marked(name: str) -> tuple[Path, str]:
+    """The run directory that `name` means, and what follows its last @: `best`, a step, or nothing."""
+    run, _, mark = name.rpartition("@")
+    if run and re.fullmatch("best|[0-9]{1,20}", mark):
+        try:
+            return resolve(name), ""  # a name that happens to have an @
+        except InputError:
+            return resolve(run), mark
+    return resolve(name), ""
 
 
 def differences(

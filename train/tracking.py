@@ -1,5 +1,6 @@
 """TensorBoard events: curves, samples of text and histograms of weights, beside the baselines."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from intlm.errors import InputError
+from train.trouble import Trouble, Warn, warn_plainly
 
 # Every curve whose tag starts so is drawn in one chart, to be compared with the baselines.
 BITS_PER_BYTE = "bits_per_byte/"
 FLUSH_SECONDS = 10
+RETRY_SECONDS = 30
 
 INT8_VALUES = range(-128, 128)
 
@@ -22,12 +25,13 @@ class Tracker:
 
     Tags are paths such as `bits_per_byte/held_out`; those under `bits_per_byte/` (`BITS_PER_BYTE`) appear
     together in the chart "bits per byte" of the page Custom Scalars, and each in the page Time Series.
-    Events reach the disk every 10 seconds and on `close`, or at the end of a `with`. Every method raises
-    `InputError` where the file cannot be written.
+    Events reach the disk every 10 seconds and on `close`, or at the end of a `with`. A file that cannot be
+    written any more does not end training: events are dropped, and a new file is begun every 30 seconds until
+    one can be.
     """
 
-    def __init__(self, directory: Path, from_step: int) -> None:
-        """Write into `directory`, made if need be.
+    def __init__(self, directory: Path, from_step: int, warn: Warn = warn_plainly) -> None:
+        """Write into `directory`, made if need be. Raises `InputError` where that cannot be done.
 
         `from_step` is the step of the checkpoint to go on from: TensorBoard then hides what an earlier
         process wrote for later steps. A new run passes -1.
@@ -40,20 +44,31 @@ class Tracker:
         self.directory = directory
         self._summary: Any = summary
         self._event: Any = event_pb2.Event
-        # Read in the order of names. The first step keeps a quick restart from overwriting the file.
-        path = directory / f"events.out.tfevents.{int(time.time()):010d}.{from_step + 1:08d}"
+        self._open_records: Any = RecordWriter
+        self._trouble = Trouble(warn)
+        self._records: Any = None
+        self._failed = 0.0
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._records: Any = RecordWriter(str(path))
+            self._open(from_step + 1)
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._put(from_step + 1, session_log=start)
         except OSError as error:
-            raise self._failed(error) from error
+            self._abandon()
+            raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
+
+    def _open(self, step: int) -> None:
+        """Begin a file. Raises `OSError`."""
+        # Read in the order of names. The step keeps a quick restart from overwriting the file.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{step:08d}"
+        while (self.directory / name).is_file():
+            name += "-"
+        self._records = self._open_records(str(self.directory / name))
         self._flushed = time.monotonic()
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         # The chart takes its curves by a regular expression, so it needs no list of the baselines.
         layout = {"intlm": {"bits per byte": ["Multiline", [f"{BITS_PER_BYTE}.*"]]}}
-        self._write(0, file_version="brain.Event:2")
-        self._write(from_step + 1, session_log=start)
-        self._write(0, summary=summary.custom_scalars(layout))
+        self._put(0, file_version="brain.Event:2")
+        self._put(0, summary=self._summary.custom_scalars(layout))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point at `step` for each curve: tag -> value (stored as 32-bit floats, for display only)."""
@@ -109,9 +124,10 @@ class Tracker:
     def close(self) -> None:
         """Write out what is pending and close the file. A second call does nothing."""
         try:
-            self._records.close()
+            if self._records is not None:
+                self._records.close()
         except OSError as error:
-            raise self._failed(error) from error
+            self._fails(error)
 
     def __enter__(self) -> "Tracker":
         """Return the tracker itself."""
@@ -124,14 +140,35 @@ class Tracker:
         self.close()
 
     def _write(self, step: int, **content: Any) -> None:
-        event = self._event(wall_time=time.time(), step=step, **content)
         try:
-            self._records.write(event.SerializeToString())
-            if time.monotonic() - self._flushed > FLUSH_SECONDS:
-                self._records.flush()
-                self._flushed = time.monotonic()
+            if self._records is None:
+                if abs(time.monotonic() - self._failed) < RETRY_SECONDS:
+                    return
+                self._failed = time.monotonic()
+                self._open(step)
+            self._put(step, **content)
         except OSError as error:
-            raise self._failed(error) from error
+            self._fails(error)
+            return
+        self._trouble.ends(f"{self.directory}: can be written again")
 
-    def _failed(self, error: OSError) -> InputError:
-        return InputError(f"{self.directory}: cannot be written: {error.strerror or error}")
+    def _put(self, step: int, **content: Any) -> None:
+        """Write an event. Raises `OSError`."""
+        event = self._event(wall_time=time.time(), step=step, **content)
+        self._records.write(event.SerializeToString())
+        if self._trouble.now or abs(time.monotonic() - self._flushed) > FLUSH_SECONDS:
+            self._records.flush()
+            self._flushed = time.monotonic()
+
+    def _fails(self, error: OSError) -> None:
+        self._abandon()
+        self._trouble.begins(
+            f"{self.directory}: cannot be written: {error.strerror or error}; training goes on without its events"
+        )
+
+    def _abandon(self) -> None:
+        """Give up the file: it may end in half an event, after which nothing could be read."""
+        records, self._records, self._failed = self._records, None, time.monotonic()
+        if records is not None:
+            with contextlib.suppress(OSError):
+                records.close()

@@ -42,6 +42,14 @@ class Engine(Protocol):
         """
         ...
 
+    def fitness_votes(self, key: Array, fitness_P: Array, first_pair: int = 0) -> Votes:
+        """The votes of all parameters but the embedding, from the pairs' fitness alone (estimator `weight`).
+
+        key, first_pair: as of the `population_step` that gave the fitness, int8 [P]. The embedding's votes depend
+        on the text as well: only pairs that read a token vote for its row.
+        """
+        ...
+
     def advance(
         self,
         masters: dict[str, Array],

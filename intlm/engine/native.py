@@ -65,7 +65,7 @@ class _StepJob(ctypes.Structure):
         ("key", ctypes.c_uint32 * 2),
         *[(name, _POINTER) for name in ("horizon", "shift", "text", "state", "state_after")],
         ("votes", _POINTER * len(TRAINED)),
-        *[(name, _POINTER) for name in ("square", "counts", "logits")],
+        *[(name, _POINTER) for name in ("square", "counts", "fitness", "logits")],
     )
 
 
@@ -271,6 +271,7 @@ class NativeEngine:
         self._library = loaded
         self._evaluator = _Evaluator(loaded, self.isa, model)
         self._update = getattr(loaded, f"intlm_update_{self.isa}")
+        self._xla: Any = None
         self._sampler: _Evaluator | None = None  # holds the weights once more, packed for one stream
         # What of a step's job stays the same.
         self._shapes = {name: shapes(model)[name] for name in TRAINED}
@@ -339,6 +340,16 @@ class NativeEngine:
         from intlm.engine.xla import jit
 
         return jit(function)
+
+    def fitness_votes(self, key: Any, fitness_P: Any, first_pair: int = 0) -> Votes:
+        """See `Engine.fitness_votes`; XLA's, which is loaded for it."""
+        from intlm.engine.xla import XlaEngine
+
+        if self._xla is None:
+            self._xla = XlaEngine(self.model, self.config)
+        return {
+            name: np.asarray(v) for name, v in self._xla.fitness_votes(key, fitness_P, first_pair).items()
+        }
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""
@@ -420,15 +431,17 @@ class NativeEngine:
         job = self._job(key, scales, tokens.shape[1] - 1)
         entries = self._entries if votes else 0
         total, sums = np.empty(entries, np.int32), np.zeros(self._sums, np.int64)
+        fitness = np.empty(tokens.shape[0] if self.config.estimator == "weight" else 0, np.int8)
         for start in range(0, tokens.shape[0], self.chunk):
             part = np.empty(entries, np.int32) if start else total
             rows = np.s_[start : start + self.chunk]
+            job.fitness = fitness[rows].ctypes.data
             self._slice(
                 job, parameters, tokens[rows], state[rows], after[rows], first_pair + start, part, sums
             )
             if start:
                 total += part
-        return *self._outcome(total, sums, votes), after
+        return *self._outcome(total, sums, fitness, votes), after
 
     def _job(self, key: Any, scales: Scales, segment: int) -> _StepJob:
         """What all slices of a step share."""
@@ -475,10 +488,14 @@ class NativeEngine:
             address += votes.itemsize * math.prod(shape)
         self._evaluator.run(parameters, job)
 
-    def _outcome(self, total: np.ndarray, sums: np.ndarray, votes: bool) -> tuple[Votes, Statistics]:
+    def _outcome(
+        self, total: np.ndarray, sums: np.ndarray, fitness: np.ndarray, votes: bool
+    ) -> tuple[Votes, Statistics]:
         statistics: Statistics = dict(zip(_COUNTS, sums[: len(_COUNTS)], strict=True))
+        if self.config.estimator == "weight":
+            statistics["fitness"] = fitness
         if not votes:
-            return {}, {name: statistics[name] for name in eggroll.SCORE_STATISTICS}
+            return {}, eggroll.of_scores(statistics)
         square = sums[len(_COUNTS) :].reshape(len(TRAINED), -1)
         if self.config.estimator == "activation":
             for row, name in enumerate(TRAINED):

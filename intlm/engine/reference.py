@@ -13,7 +13,7 @@ from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
 from intlm.fixedpoint import activate, gated, matmul_shift, normalize, saturate
-from intlm.model import LAYER_BIASES, LAYER_MATRICES, LAYER_NORMS, SEPARATOR, TRAINED, Parameters
+from intlm.model import LAYER_BIASES, LAYER_MATRICES, LAYER_NORMS, SEPARATOR, TRAINED, Parameters, shapes
 
 Perturb = Callable[[str, int, np.ndarray], np.ndarray | int]
 """(parameter, layer, its int8 input [..., K]) -> what is added to its int32 accumulator [..., M]."""
@@ -123,10 +123,19 @@ class ReferenceEngine:
                 rows + first_pair,
             )  # fmt: skip
             total = {name: total[name] + part[name] for name in total}
-            statistics = {name: statistics.get(name, np.int64(0)) + np.int64(counts[name]) for name in counts}
+            statistics = eggroll.join(statistics, counts) if statistics else counts
         if not votes:
-            return {}, {name: statistics[name] for name in eggroll.SCORE_STATISTICS}, state
+            return {}, eggroll.of_scores(statistics), state
         return total, statistics, state
+
+    def fitness_votes(self, key: np.ndarray, fitness_P: np.ndarray, first_pair: int = 0) -> Votes:
+        """See `Engine.fitness_votes`."""
+        rows = np.arange(len(fitness_P)) + first_pair
+        noise = _weight_noise(self.model, self.config, key, rows)
+        unseen = np.zeros((len(rows), self.model.vocabulary), np.int32)
+        votes = _weight_votes(self.model, self.config, fitness_P, *noise, unseen)
+        del votes["embedding"]
+        return votes
 
 
 def _pair_members(x_N: np.ndarray) -> np.ndarray:
@@ -187,15 +196,7 @@ def _weight_slice(
 ) -> tuple[Votes, Statistics, np.ndarray]:
     """EGGROLL as published: every pair has its own low-rank perturbation of every parameter."""
     pairs, rank = len(rows_N), config.rank
-    vectors = _vector_noise(model, config, key, rows_N, (*eggroll.NORMS, *LAYER_BIASES))
-    outputs, inputs = {}, {}
-    for name in ("embedding", "head", *LAYER_MATRICES):
-        for layer in range(model.layers if name in LAYER_MATRICES else 1):
-            m, k = parameters[name].shape[-2:]
-            a = eggroll.draw(config, eggroll.output_key(key, name, layer), rows_N, rank * m)
-            b = eggroll.draw(config, eggroll.input_key(key, name, layer), rows_N, rank * k)
-            outputs[name, layer] = a.reshape(pairs, rank, m)
-            inputs[name, layer] = b.reshape(pairs, rank, k)
+    vectors, outputs, inputs = _weight_noise(model, config, key, rows_N)
 
     def perturb(name: str, layer: int, x: np.ndarray) -> np.ndarray:
         if (name, layer) in vectors:
@@ -218,23 +219,59 @@ def _weight_slice(
     seen = np.zeros((pairs, model.vocabulary), np.int32)
     for t in range(tokens_NxT1.shape[1] - 1):
         seen[np.arange(pairs), tokens_NxT1[:, t]] = 1
-    votes: Votes = {name: np.zeros(parameters[name].shape, np.int32) for name in TRAINED}
-    for (name, layer), noise_NxD in vectors.items():
-        where = () if name == "norm_output" else layer
-        votes[name][where] = np.sum(eggroll.weigh(config, q, noise_NxD), axis=0, dtype=np.int32)
-    for name, layer in outputs:
-        weighted = eggroll.weigh(config, q, outputs[name, layer]).astype(np.int32)
-        if name == "embedding":
-            # Only a pair whose segment contains a token can say anything about the token's row.
-            weighted = weighted * seen[:, None, :]
-        part = np.einsum("nrm,nrk->mk", weighted, inputs[name, layer].astype(np.int32))
-        votes[name][layer if name in LAYER_MATRICES else ()] = part
+    votes = _weight_votes(model, config, q, vectors, outputs, inputs, seen)
     statistics = _score_statistics(scores, difference) | {
         "square": np.sum(q.astype(np.int64) ** 2),
         "saturated": np.sum(np.abs(q) == 3 * 32, dtype=np.int64),
         "seen": np.sum(seen, dtype=np.int64),
+        "fitness": q,
     }
     return votes, statistics, state
+
+
+WeightNoise = tuple[
+    dict[tuple[str, int], np.ndarray], dict[tuple[str, int], np.ndarray], dict[tuple[str, int], np.ndarray]
+]
+"""By (name, layer): the noise of vectors [N, D]; A [N, r, M] and B [N, r, K] of matrices."""
+
+
+def _weight_noise(
+    model: ModelConfig, config: EggrollConfig, key: np.ndarray, rows_N: np.ndarray
+) -> WeightNoise:
+    pairs, rank, sizes = len(rows_N), config.rank, shapes(model)
+    vectors = _vector_noise(model, config, key, rows_N, (*eggroll.NORMS, *LAYER_BIASES))
+    outputs, inputs = {}, {}
+    for name in ("embedding", "head", *LAYER_MATRICES):
+        for layer in range(model.layers if name in LAYER_MATRICES else 1):
+            m, k = sizes[name][-2:]
+            a = eggroll.draw(config, eggroll.output_key(key, name, layer), rows_N, rank * m)
+            b = eggroll.draw(config, eggroll.input_key(key, name, layer), rows_N, rank * k)
+            outputs[name, layer] = a.reshape(pairs, rank, m)
+            inputs[name, layer] = b.reshape(pairs, rank, k)
+    return vectors, outputs, inputs
+
+
+def _weight_votes(
+    model: ModelConfig,
+    config: EggrollConfig,
+    fitness_N: np.ndarray,
+    vectors: dict[tuple[str, int], np.ndarray],
+    outputs: dict[tuple[str, int], np.ndarray],
+    inputs: dict[tuple[str, int], np.ndarray],
+    seen_NxV: np.ndarray,
+) -> Votes:
+    votes: Votes = {name: np.zeros(shape, np.int32) for name, shape in shapes(model).items()}
+    for (name, layer), noise_NxD in vectors.items():
+        where = () if name == "norm_output" else layer
+        votes[name][where] = np.sum(eggroll.weigh(config, fitness_N, noise_NxD), axis=0, dtype=np.int32)
+    for name, layer in outputs:
+        weighted = eggroll.weigh(config, fitness_N, outputs[name, layer]).astype(np.int32)
+        if name == "embedding":
+            # Only a pair whose segment contains a token can say anything about the token's row.
+            weighted = weighted * seen_NxV[:, None, :]
+        part = np.einsum("nrm,nrk->mk", weighted, inputs[name, layer].astype(np.int32))
+        votes[name][layer if name in LAYER_MATRICES else ()] = part
+    return votes
 
 
 def _activation_slice(

@@ -305,6 +305,7 @@ class XlaEngine:
         self._population = self.compile(self._population_slice)
         self._scores = self.compile(partial(self._population_slice, votes=False))
         self._forward = self.compile(self._forward_all)
+        self._fitness_votes = self.compile(self._fitness_votes_slice)
         self.advance = self.compile(partial(eggroll.advance, config, model))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -346,8 +347,8 @@ class XlaEngine:
 
     def _add(self, one: Any, other: Any) -> Any:
         with jax.enable_x64(True):
-            votes, statistics = jax.tree.map(jnp.add, one[:2], other[:2])
-            return votes, statistics, jnp.concatenate([one[2], other[2]])
+            votes = jax.tree.map(jnp.add, one[0], other[0])
+            return votes, eggroll.join(one[1], other[1]), jnp.concatenate([one[2], other[2]])
 
     def _population_slice(
         self,
@@ -376,13 +377,17 @@ class XlaEngine:
         if whole < pairs:
             parts.append(evaluate(*jax.tree.map(lambda x: x[whole:], slices)))
         outcome = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        scores = {name: jnp.sum(outcome[name].astype(jnp.int64)) for name in eggroll.SCORE_STATISTICS}
+        scores: Statistics = {
+            name: jnp.sum(outcome[name].astype(jnp.int64)) for name in ("score", "difference", "ties")
+        }
+        if not activation:
+            scores["fitness"] = eggroll.fitness(self.config, outcome["signed"], scales["difference"])
         if not votes:
             return {}, scores, outcome["state"]
         if activation:
             made, statistics = self._activation_votes(parameters, noise, outcome)
         else:
-            made, statistics = self._weight_votes(parameters, noise, outcome, scales, tokens_PxT1)
+            made, statistics = self._weight_votes(noise, scores["fitness"], tokens_PxT1)
         seen = jnp.sum(_seen(self.model, tokens_PxT1).astype(jnp.int64))
         return made, statistics | scores | {"seen": seen}, outcome["state"]
 
@@ -513,34 +518,50 @@ class XlaEngine:
     # --- estimator `weight` ---------------------------------------------------------------------------
 
     def _weight_votes(
-        self,
-        parameters: Tree,
-        noise: tuple[Tree, Tree],
-        outcome: Tree,
-        scales: Tree,
-        tokens_PxT1: jax.Array,
+        self, noise: tuple[Tree, Tree], q: jax.Array, tokens_PxT1: jax.Array
     ) -> tuple[Votes, Statistics]:
-        q = eggroll.fitness(self.config, outcome["signed"], scales["difference"])
-        one = jnp.ones((q.shape[0], 1), jnp.int8)
-
-        def vote(name: str, tree: Tree) -> jax.Array:
-            if name in eggroll.NORMS or name in LAYER_BIASES:
-                return _outer(eggroll.weigh(self.config, q, tree[name]), one)
-            a, b = eggroll.weigh(self.config, q, tree[f"a.{name}"]), tree[f"b.{name}"]
-            if name == "embedding":
-                a = a * _seen(self.model, tokens_PxT1)[:, None, :]
-            return _outer(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
-
-        layers = [{name: x[:, layer] for name, x in noise[0].items()} for layer in range(self.model.layers)]
-        votes: Votes = {}
-        for name in TRAINED:
-            made = jnp.stack([vote(name, tree) for tree in layers]) if name in LAYER else vote(name, noise[1])
-            votes[name] = made.reshape(parameters[name].shape)
+        seen = _seen(self.model, tokens_PxT1)
+        votes = {name: self._weight_vote(name, noise, q, seen) for name in TRAINED}
         wide = q.astype(jnp.int64)
         return votes, {
             "square": jnp.sum(wide * wide),
             "saturated": jnp.sum((jnp.abs(wide) == 3 * 32).astype(jnp.int64)),
         }
+
+    def _weight_vote(self, name: str, noise: tuple[Tree, Tree], q: jax.Array, seen_PxV: Any) -> jax.Array:
+        """The votes of one parameter. seen: int8, of the embedding alone."""
+
+        def vote(tree: Tree) -> jax.Array:
+            if name in eggroll.NORMS or name in LAYER_BIASES:
+                return _outer(eggroll.weigh(self.config, q, tree[name]), jnp.ones((q.shape[0], 1), jnp.int8))
+            a, b = eggroll.weigh(self.config, q, tree[f"a.{name}"]), tree[f"b.{name}"]
+            if name == "embedding":
+                a = a * seen_PxV[:, None, :]
+            return _outer(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+
+        if name in LAYER:
+            by_layer = ({n: x[:, layer] for n, x in noise[0].items()} for layer in range(self.model.layers))
+            made = jnp.stack([vote(tree) for tree in by_layer])
+        else:
+            made = vote(noise[1])
+        return made.reshape(shapes(self.model)[name])
+
+    def fitness_votes(self, key: Any, fitness_P: Any, first_pair: int = 0) -> Votes:
+        """See `Engine.fitness_votes`."""
+        total: Votes | None = None
+        for start in range(0, len(fitness_P), SLICE_PAIRS):
+            part = self._fitness_votes(
+                key, fitness_P[start : start + SLICE_PAIRS], np.int32(first_pair + start)
+            )
+            total = part if total is None else {name: total[name] + part[name] for name in total}
+        assert total is not None
+        return total
+
+    def _fitness_votes_slice(self, key: jax.Array, fitness_P: jax.Array, first_pair: jax.Array) -> Votes:
+        rows_P = jnp.arange(fitness_P.shape[0], dtype=jnp.int32) + first_pair
+        noise = _Weight(self.config, self.model).noise(jnp.asarray(key), rows_P, 0)
+        names = [name for name in TRAINED if name != "embedding"]
+        return {name: self._weight_vote(name, noise, fitness_P, None) for name in names}
 
 
 def _outer(a_PxM: jax.Array, b_PxK: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ struct StepJob {
   int32_t *votes[PARAMETERS];           // of each parameter's shape; null: the members are scored alone
   int64_t *square;                      // [PARAMETERS, L]: sums of B^2; WEIGHT: sum of q^2 first
   int64_t *counts;                      // score, difference, ties, saturated, seen
+  int8_t *fitness;                      // WEIGHT: q of each pair, [rows]
   int16_t *logits;                      // PLAIN: [rows, T, V]
 };
 
