@@ -151,7 +151,8 @@ def replace_file(
     temporary = path.with_name(path.name + ".tmp")
     try:
         try:
-            temporary.unlink(missing_ok=True)  # a link there would be written through, and a pipe waited for
+            if os.path.lexists(temporary):
+                temporary.unlink()  # a link there would be written through, and a pipe waited for
             with temporary.open("xb") as file:
                 for chunk in chunks:
                     file.write(chunk)

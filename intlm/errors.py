@@ -36,5 +36,6 @@ def shown(value: object) -> str:
 
 
 def brief(text: str) -> str:
-    """`text` for a message, cut where it is long."""
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+    """`text` for a message: in one line, and cut where it is long."""
+    part = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:LONGEST_SHOWN])
+    return part if len(text) <= LONGEST_SHOWN else part + "…"
