@@ -449,6 +449,8 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="instead compare with full-rank evolution strategies: matrices for every member")  # fmt: skip
     add("--host", action="store_true",
         help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
+    add("--safety", action="store_true",
+        help="show what checkpoints and the history cost a run instead")  # fmt: skip
     add("--sampling", action="store_true",
         help="measure the tokens/s of sampling instead, of 1, 32 and 1024 samples")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
@@ -805,10 +807,13 @@ def _bench(parsed: argparse.Namespace) -> int:
 
     from eval.full_rank import compare
     from eval.host import measure_host
+    from eval.safety import measure_safety
     from eval.throughput import count_of_figures, measure, table
 
     wanted = [
-        f"--{name}" for name in ("full-rank", "host", "sampling") if vars(parsed)[name.replace("-", "_")]
+        f"--{name}"
+        for name in ("full-rank", "host", "safety", "sampling")
+        if vars(parsed)[name.replace("-", "_")]
     ]
     if len(wanted) > 1:
         raise InputError(f"{' and '.join(wanted)}: give one of them")
@@ -816,20 +821,22 @@ def _bench(parsed: argparse.Namespace) -> int:
         return _bench_sampling(parsed)
     cases, config = _bench_cases(parsed)
     seconds = _seconds(parsed.seconds)
-    count = len(cases) if parsed.host else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
+    alone = parsed.host or parsed.safety
+    count = len(cases) if alone else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
     with tqdm(total=count, unit="figure", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def progress(what: str) -> None:
             bar.set_description(what, refresh=False)
             bar.update()
 
-        if parsed.host:
-            costs = []
+        if alone:
+            costs: list[Any] = []
+            measure_cost = measure_host if parsed.host else measure_safety
             for case in cases:
                 progress(f"training, {case.engine}, {case.config.estimator}")
                 settings = (*parsed.settings, f"estimator={case.config.estimator}",
                             f"population={case.config.population}")  # fmt: skip
-                costs.append(measure_host(parsed.preset, settings, case, 16 * seconds))
+                costs.append(measure_cost(parsed.preset, settings, case, 16 * seconds))
             found: list[Any] = costs
             shown = "\n".join(cost.line() for cost in costs)
         elif parsed.full_rank:
@@ -891,14 +898,14 @@ def _bench_cases(parsed: argparse.Namespace) -> tuple[list[Any], Any]:
             except InputError:
                 continue  # a preset, or settings, that only the other one has
     engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
-    if (parsed.full_rank or parsed.host) and not parsed.engines:
+    if (parsed.full_rank or parsed.host or parsed.safety) and not parsed.engines:
         engines = engines[:1]
     cases = []
     for config in configs:
         populations = parsed.populations
         if not populations:
             step = multiply_adds(own.model) * config.population * config.segment
-            more = () if parsed.full_rank or parsed.host else (4, 16)
+            more = () if parsed.full_rank or parsed.host or parsed.safety else (4, 16)
             populations = [
                 config.population * times for times in (1, *more) if times * step <= SHORT_STEP or times == 1
             ]

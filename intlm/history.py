@@ -308,9 +308,11 @@ def records(path: Path, largest: int) -> Iterator[Record]:
 def _records(file: BinaryIO, size: int, path: Path, largest: int) -> Iterator[Record]:
     at, number = 0, 0
     while at < size:
+        # A base becomes visible as a whole.
+        cut_short: type[InputError] = TornError if number else InputError
         head = file.read(FRAME.size)
         if len(head) < FRAME.size:
-            raise TornError(f"{path}: its last record, at byte {at}, is cut short")
+            raise cut_short(f"{path}: its last record, at byte {at}, is cut short")
         length, checksum, step = FRAME.unpack(head)
         end = at + FRAME.size + length
         if length > largest and end <= size:
@@ -318,13 +320,15 @@ def _records(file: BinaryIO, size: int, path: Path, largest: int) -> Iterator[Re
                 f"{path}: damaged: record {number}, at byte {at}, says that it has {length} bytes"
             )
         if end > size:
-            raise TornError(f"{path}: its last record, at byte {at}, is cut short")
+            raise cut_short(f"{path}: its last record, at byte {at}, is cut short")
         payload = file.read(length)
         if zlib.crc32(payload, zlib.crc32(step.to_bytes(8, "little"))) != checksum:
-            error = TornError if end == size else InputError
+            error = cut_short if end == size else InputError
             raise error(f"{path}: damaged: record {number}, at byte {at}, does not match its checksum")
         yield Record(step, payload, at, end)
         at, number = end, number + 1
+    if number == 0:
+        raise InputError(f"{path}: damaged: it is empty")
 
 
 def largest_payload(model_config: ModelConfig, config: EggrollConfig) -> int:
@@ -379,6 +383,8 @@ class Recorder:
         self._followed = [name for name in TRAINED if not Track.keeps_masters(config, name)]
         self._queue: queue.Queue[Any] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
+        self._sealed = threading.Event()
+        self._sealed.set()
         self._file: BinaryIO | None = None
         self._size = self._base_size = 0
         self._flat: np.ndarray | None = None
@@ -402,11 +408,14 @@ class Recorder:
         """
         self._queue.put(_Step(step, masters, parameters, fitness))
 
+    def seal(self) -> None:
+        """Have the log put on disk as far as it was appended, for a checkpoint that is going to be written."""
+        self._sealed = threading.Event()
+        self._queue.put(self._sealed)
+
     def sync(self) -> None:
-        """Wait until all steps that were appended are on disk. Called before a checkpoint becomes visible."""
-        done = threading.Event()
-        self._queue.put(done)
-        done.wait()
+        """Wait until the log is on disk that was sealed. Called before the checkpoint becomes visible."""
+        self._sealed.wait()
 
     def close(self) -> None:
         """Write what is left, and end the thread."""

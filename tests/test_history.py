@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -221,6 +222,9 @@ def test_steps_after_the_last_checkpoint_are_there_too(here, taken, capsys):
     with files()[-1].open("ab") as file:
         file.write(b"torn")
     assert main(["checkout", "tiny", "--step", "5"]) == 0
+    capsys.readouterr()
+    assert main(["check", "tiny"]) == 0
+    assert "note     steps 3 to 5, the next one torn" in capsys.readouterr().out
     assert verdict(capsys)["last"] == 5
     assert main(["checkout", "tiny", "--step", "6"]) == 2
     assert "--step 6: is not in the run's history, which has 0 to 5" in capsys.readouterr().err
@@ -241,6 +245,8 @@ def test_a_flipped_byte_is_found(finished, capsys, place):
     path.write_bytes(content)
     found = verdict(capsys, 1)
     assert path.name in found["faults"][0]
+    assert main(["check", "tiny"]) == 1
+    assert re.search(rf"history/{path.name} +damaged ", capsys.readouterr().out)
 
 
 def test_what_is_missing_or_false_is_told(finished, capsys):

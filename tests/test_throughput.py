@@ -13,8 +13,9 @@ import pytest
 from helpers import assert_same
 from test_engines import CASES, inputs
 
-from eval import full_rank, sampling_speed, throughput
+from eval import full_rank, safety, sampling_speed, throughput
 from eval.host import measure_host
+from eval.safety import measure_safety
 from intlm import cli, eggroll, fixedpoint
 from intlm.cli import main
 from intlm.config import EggrollConfig, ModelConfig
@@ -183,6 +184,7 @@ def test_every_figure_of_every_case(capsys, monkeypatch):
         (["small", "--set", "estimator=weight", "--population", "6"], [("weight", 6)]),
         (["small", "--full-rank"], [("activation", 1024)]),
         (["small", "--host"], [("activation", 1024), ("weight", 1024)]),
+        (["small", "--safety"], [("activation", 1024), ("weight", 1024)]),
     ],
 )
 def test_what_is_measured_by_default(words, expected):
@@ -238,6 +240,17 @@ def test_host(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_safety(capsys, monkeypatch):
+    monkeypatch.setattr(safety, "ROUNDS", 2)
+    config = EggrollConfig(population=8, segment=4)
+    case = throughput.Case(FASTEST, 1, config)
+    cost = measure_safety("tiny", ("population=8", "segment=4"), case, 0.0)
+    assert cost.lowest <= cost.cost <= cost.highest
+    assert cost.checkpoint_bytes > 2 * 45_000 and cost.history_bytes > 0
+    assert "segment 4" in cost.line() and set(cost.as_dict()) >= {f.name for f in dataclasses.fields(cost)}
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -251,6 +264,7 @@ def test_host(capsys):
         (["--set", "estimator=none"], "estimator: unknown 'none'"),
         (["--full-rank", "--host"], "--full-rank and --host: give one of them"),
         (["--sampling", "--host"], "--host and --sampling: give one of them"),
+        (["--sampling", "--safety"], "--safety and --sampling: give one of them"),
         (["--sampling", "--threads", "1"], "--threads: not with --sampling"),
     ],
 )

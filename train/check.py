@@ -124,8 +124,8 @@ def _segment(path: Path, name: str, largest: int, last: bool) -> Finding:
                 raise InputError(f"{path}: damaged: step {record.step} follows on step {reached}")
             first, reached = record.step if first is None else first, record.step
     except TornError as error:
-        if last and first is not None:
-            detail = f"steps {first:,} to {reached:,}; what follows is cut short (left out by the next `intlm train`)"
+        if last:
+            detail = f"steps {first:,} to {reached:,}, the next one torn (left out by the next `intlm train`)"
             return Finding(name, NOTE, detail)
         return Finding(name, DAMAGED, str(error))
     except InputError as error:

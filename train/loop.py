@@ -80,6 +80,8 @@ def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
             report.step(job, *pending)
             pending = None
         report.log(job, state.step)
+        if job.history:
+            job.history.seal()
         saver.save(state.step, job.snapshot(state), report.metrics.scores, announced)
 
     with make_saver(job, report) as saver:
