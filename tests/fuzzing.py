@@ -417,7 +417,8 @@ def mutated_fields(source: Source, content: bytes, others: list[bytes], depth: i
             case 0:
                 raws[index] = b""
             case 1:
-                raws[index] = (raws[index] * source.choice([2, 3, 1000]))[:LONGEST_INPUT]
+                most = LONGEST_INPUT // (len(raws[index]) + 1)
+                raws[index] *= min(source.choice([2, 3, 1000]), most)
             case 2:
                 other = source.randrange(len(raws))
                 raws[index], raws[other] = raws[other], raws[index]
