@@ -173,3 +173,27 @@ def test_never_two_at_once(tmp_path: Path, system: bool) -> None:
     assert turns > 10
     assert most == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_link_in_place_of_a_lock_leads_to_is_not_written_over(tmp_path: Path, system: bool) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lock").symlink_to(other)
+    with pytest.raises(InputError, match=r"run/lock: cannot be written: "), locked(tmp_path / "run"):
+        pass
+    assert other.read_bytes() == b"mine"
+
+
+def test_a_pipe_is_no_lock_of_ours(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    assert not is_ours(tmp_path / "lock")
+    for content in (
+        b'{"pid": 0}',
+        b'{"pid": 1e3}',
+        b'{"pid": true}',
+        b'{"pid": ' + b"9" * 2000 + b"}",
+        b"[" * 4096,
+    ):
+        (tmp_path / "other").write_bytes(content)
+        assert not is_ours(tmp_path / "other")

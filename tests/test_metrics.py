@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from intlm.errors import InputError
-from train.metrics import MetricsFile, read_metrics
+from train.metrics import HELD_OUT, MetricsFile, read_metrics, scores_of
 
 
 @pytest.fixture
@@ -103,6 +103,13 @@ def test_damage_inside_is_not_tolerated(path: Path, line: str) -> None:
             read(path)
         assert str(raised.value) == f"{path}: line 2 is damaged: not a JSON object with a step"
     assert path.read_bytes() == content
+
+
+def test_what_is_no_score_is_compared_with_none() -> None:
+    lines = [
+        {"step": step, HELD_OUT: value} for step, value in enumerate([9, 2.5, True, "1", 10**400, None, 3])
+    ]
+    assert scores_of(lines) == {1: 2.5, 6: 3}
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
