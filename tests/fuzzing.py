@@ -181,9 +181,9 @@ def mutated_json(source: Source, good: bytes, others: list[bytes]) -> bytes:
         return mutated_bytes(source, good, others)
     try:
         value = json.loads(good)
+        content = dumped(mutated_value(source, value))
     except (RecursionError, ValueError):  # a line that was mutated before
         return mutated_bytes(source, good, others)
-    content = dumped(mutated_value(source, value))
     match source.randrange(12):
         case 0:  # the first key once more, at the end
             name = next(iter(value), "x")

@@ -24,7 +24,7 @@ from intlm.cli import main
 from intlm.errors import InputError
 from tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_tokenizer
 from tokenizer.inspection import inspect
-from tokenizer.model_file import BYTE, CONTROL, LARGEST_FILE, UNKNOWN, ModelFile
+from tokenizer.model_file import BYTE, CONTROL, LARGEST_FILE, UNKNOWN, ModelFile, _fields
 from tokenizer.pieces import BLOCK, cut
 from tokenizer.trainer import train
 
@@ -427,6 +427,20 @@ def test_models_without_end_are_refused(models: dict[str, Path], tmp_path: Path,
     path = tmp_path / "x.model"
     path.write_bytes(models["bpe"].read_bytes() + MANY[name])
     assert "damaged, or no SentencePiece model" in refusal(path)
+
+
+def test_a_model_without_a_piece_for_a_space_is_not_lossless(models: dict[str, Path]) -> None:
+    """It spells a space as the bytes of U+2581."""
+    good = models["bpe"].read_bytes()
+    space = next(
+        raw
+        for _, value, raw in _fields(good)
+        if isinstance(value, bytes) and value[:5] == b"\n\x03\xe2\x96\x81"
+    )
+    tokenizer = SentencePieceTokenizer(ModelFile.parse(good.replace(space, b""), ""), "")
+    assert tokenizer.loss == "it has no piece for a space"
+    tokens, lengths = tokenizer.encode_aligned(b"def f(x)")
+    assert lengths.sum() == 8 and len(tokens)
 
 
 def test_models_with_much_are_read(models: dict[str, Path], tmp_path: Path) -> None:

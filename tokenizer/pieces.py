@@ -17,8 +17,10 @@ from tokenizer.model_file import (
     BYTE,
     CONTROL,
     MOST_PIECES,
+    NORMAL,
     SPACE,
     UNKNOWN,
+    USER_DEFINED,
     ModelFile,
 )
 
@@ -52,7 +54,13 @@ class SentencePieceTokenizer:
     def __init__(self, file: ModelFile, where: str = MODEL):
         """Raise InputError, opening with `where`, for a model that the library refuses or that is too large."""
         self.file = file
-        exact = file.byte_fallback and not file.normalization and not file.removes_spaces
+        keeps_all = file.byte_fallback and not file.normalization and not file.removes_spaces
+        # Else a space is spelled in the bytes of U+2581, and cannot be told from that.
+        spells_spaces = file.kind != "word" and any(
+            piece.text == SPACE and piece.type in (NORMAL, USER_DEFINED) for piece in file.pieces
+        )
+        self._lacks_space = keeps_all and not spells_spaces
+        exact = keeps_all and spells_spaces
         # A prefix of our own making is put once, however many blocks a document is cut into; and one that
         # comes last would stand between a prompt and what is sampled.
         ours = file.dummy_prefix and (exact or file.space_is_suffix)
@@ -127,6 +135,7 @@ class SentencePieceTokenizer:
             "it drops spaces that are repeated or stand at the end": file.removes_spaces,
             "it puts a space before each document": file.dummy_prefix and not file.space_is_suffix,
             "it has no byte pieces for what its vocabulary lacks": not file.byte_fallback,
+            "it has no piece for a space": self._lacks_space,
         }
         return ", ".join(reason for reason, holds in reasons.items() if holds)
 
