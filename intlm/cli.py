@@ -516,8 +516,9 @@ def _train(parsed: argparse.Namespace) -> int:
             print(line, file=sys.stderr)
 
     request = Request(**words)
-    with StopSignal() as stop, claimed(request):
+    with StopSignal() as stop, claimed(request) as check_lock:
         job = prepare(request, say)
+        job.before_checkpoint.append(check_lock)
         config = job.config
         _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,10 @@ class Request:
 
 @dataclass
 class Job:
-    """A run ready to go on. `state` and `lanes` are where it stands; `notes` are for a person to read once."""
+    """A run ready to go on. `state` and `lanes` are where it stands; `notes` are for a person to read once.
+
+    `before_checkpoint`: called when a checkpoint is on disk, right before it is seen; see `Saver`.
+    """
 
     request: Request
     run: Run
@@ -122,6 +125,7 @@ class Job:
     baselines: dict[str, float]
     resumed: bool
     notes: list[str]
+    before_checkpoint: list[Callable[[], None]] = field(default_factory=list)
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
@@ -151,14 +155,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def claimed(request: Request) -> Iterator[None]:
-    """Hold the lock of the run that `request` names, from before anything is read or written.
+def claimed(request: Request) -> Iterator[Callable[[], None]]:
+    """Hold the lock of the run that `request` names, from before anything is read or written; see `locked`.
 
     Raises InputError where another process trains it, or where the directory is neither a run nor to become one.
     """
     _existing_run(request.directory)
-    with locked(request.directory):
-        yield
+    with locked(request.directory) as check:
+        yield check
 
 
 def prepare(request: Request, say: Any) -> Job:

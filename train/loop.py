@@ -117,4 +117,5 @@ def make_saver(job: Job, report: Report) -> Saver:
     """What writes the job's checkpoints, each after the metrics that lead up to it."""
     last = job.state.step if job.resumed else None
     request = job.request
-    return Saver(job.run, request.keep, request.keep_every, report.warn, [report.metrics.sync], last)
+    before = [*job.before_checkpoint, report.metrics.sync]
+    return Saver(job.run, request.keep, request.keep_every, report.warn, before, last)
