@@ -58,7 +58,8 @@ class Faults:
     kill: SIGKILL at the `count`-th point that this pattern matches; fail: `OSError(errno)` there, and at the
     `length` - 1 points after it that match; remove: the directory of runs goes away after so many steps; signals:
     (step, signal) to send to itself; clock: jumps of the clocks in seconds, one after the other; record: write
-    down the points; full: the disk has no room for a checkpoint until that many steps are done.
+    down the points; fill: from one step to another the disk is full; full: the disk seems to have no room for a
+    checkpoint until so many steps are done.
     """
 
     def __init__(self, home: Path, steps: mmap.mmap, fault: dict[str, Any]):
@@ -129,6 +130,8 @@ class Faults:
             for when, number in self.fault.get("signals", ()):
                 if when == state.step:
                     os.kill(os.getpid(), number)
+            if "fill" in self.fault:
+                self.fill(state.step, *self.fault["fill"])
             if self.fault.get("remove") == state.step:
                 (self.home / "runs").rename(self.home / "gone")
             return step(evolution, state, tokens)
@@ -147,6 +150,18 @@ class Faults:
             for clock in ("time", "monotonic", "perf_counter"):
                 original = getattr(time, clock)
                 setattr(time, clock, lambda original=original: original() + next(jumps))
+
+    def fill(self, step: int, start: int, end: int) -> None:
+        """Leave no byte on the disk from one step to another."""
+        path = self.home / "fill"
+        if step == start:
+            with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                for size in (1 << 12, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(size)):
+                            pass
+        if step == end:
+            path.unlink()
 
     def around(self, what: str, function: Any) -> Any:
         def call(path: Any, *rest: Any, **more: Any) -> Any:

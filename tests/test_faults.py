@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,39 @@ def test_a_disk_that_stays_full(faulty: Faulty, home: Path) -> None:
     assert second.endswith("; the same command will go on from its start")
     assert untraced(faulty.run(home, command))["code"] == 0
     assert result(home) == expected
+
+
+@pytest.fixture
+def disk(home: Path) -> Iterator[Path]:
+    """A file system of a few megabytes with the text on it."""
+    path = home.with_name("disk")
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("may not mount a file system")
+    try:
+        shutil.copy(home / "text.txt", path)
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_real_disk_that_is_full_for_some_steps(faulty: Faulty, home: Path, disk: Path) -> None:
+    """Evaluations of that time are in the metrics all the same."""
+    command = words(30, 1, 2)
+    expected = undisturbed(faulty, home, command)
+    done = untraced(faulty.run(disk, command, fill=[5, 15]))
+    assert done["code"] == 0, done
+    assert result(disk) == expected
+    lines = done["err"].splitlines()
+    assert sum("checkpoints can be written again" in line for line in lines) == 1
+    assert len(lines) <= 6  # of checkpoints; of metrics and events, where they had no room left in a page
+    assert all("written" in line for line in lines)
+    assert faulty.run(disk, ["check", "one"])["code"] == 0
 
 
 def test_a_directory_that_is_removed_in_mid_run(faulty: Faulty, home: Path) -> None:
