@@ -336,7 +336,7 @@ def _add_check(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="whether the files of a run are whole",
-        description="Read every file of a run and verify it: checkpoints by digest, shapes and configuration. "
+        description="Read every file of a run and verify it: checkpoints by digest, shapes and configuration.\n"
         "Exit code 1 if one is damaged. Nothing is changed.",
     )
     command.add_argument("run", metavar="RUN", help="name of a run, or its directory")
