@@ -343,7 +343,7 @@ def _add_check(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="whether the files of a run are whole",
-        description="Read every file of a run and verify it: checkpoints by digest, shapes and configuration. "
+        description="Read every file of a run and verify it: checkpoints by digest, shapes and configuration.\n"
         "Exit code 1 if one is damaged. Nothing is changed.",
     )
     command.add_argument("run", metavar="RUN", help="name of a run, or its directory")
@@ -555,8 +555,9 @@ def _train(parsed: argparse.Namespace) -> int:
             print(line, file=sys.stderr)
 
     request = Request(**words)
-    with StopSignal() as stop, claimed(request):
+    with StopSignal() as stop, claimed(request) as check_lock:
         job = prepare(request, say)
+        job.before_checkpoint.append(check_lock)
         config = job.config
         _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"

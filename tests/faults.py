@@ -25,9 +25,10 @@ CALLS = ("open", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "pwri
 
 
 class Faulty:
-    """The server, from the side of a test."""
+    """The server, from the side of a test. `whole`: what undisturbed runs came to, for tests to keep."""
 
     def __init__(self) -> None:
+        self.whole: dict[tuple[str, ...], Any] = {}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -55,9 +56,10 @@ class Faults:
     """What goes wrong in a child.
 
     kill: SIGKILL at the `count`-th point that this pattern matches; fail: `OSError(errno)` there, and at the
-    `length` - 1 points after it that match; remove: the run directory goes away after so many steps; signals:
+    `length` - 1 points after it that match; remove: the directory of runs goes away after so many steps; signals:
     (step, signal) to send to itself; clock: jumps of the clocks in seconds, one after the other; record: write
-    down the points; full: the disk has no room for a checkpoint until that many steps are done.
+    down the points; fill: from one step to another the disk is full; full: the disk seems to have no room for a
+    checkpoint until so many steps are done.
     """
 
     def __init__(self, home: Path, steps: mmap.mmap, fault: dict[str, Any]):
@@ -128,8 +130,10 @@ class Faults:
             for when, number in self.fault.get("signals", ()):
                 if when == state.step:
                     os.kill(os.getpid(), number)
+            if "fill" in self.fault:
+                self.fill(state.step, *self.fault["fill"])
             if self.fault.get("remove") == state.step:
-                shutil.rmtree(self.home / "runs")
+                (self.home / "runs").rename(self.home / "gone")
             return step(evolution, state, tokens)
 
         Evolution.step = counted  # type: ignore[method-assign]
@@ -146,6 +150,18 @@ class Faults:
             for clock in ("time", "monotonic", "perf_counter"):
                 original = getattr(time, clock)
                 setattr(time, clock, lambda original=original: original() + next(jumps))
+
+    def fill(self, step: int, start: int, end: int) -> None:
+        """Leave no byte on the disk from one step to another."""
+        path = self.home / "fill"
+        if step == start:
+            with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                for size in (1 << 12, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(size)):
+                            pass
+        if step == end:
+            path.unlink()
 
     def around(self, what: str, function: Any) -> Any:
         def call(path: Any, *rest: Any, **more: Any) -> Any:
@@ -209,12 +225,18 @@ def serve() -> None:
     """Load what training needs, and do as orders say."""
     import tensorboardX  # noqa: F401
 
-    import eval.sampling  # noqa: F401
+    import eval.baselines
+    import eval.sampling
+    import intlm.cli  # noqa: F401
     import train.check
+    import train.job
     import train.loop
     import train.report
 
+    # What takes long and is not looked at here.
     train.report.SAMPLE_TOKENS = 1
+    figures = eval.baselines.baselines([b"ab"], [b"ab"])
+    train.job.baselines = lambda *_: figures
     steps = mmap.mmap(-1, 8)
     for line in sys.stdin:
         print(json.dumps(attempt(json.loads(line), steps)), flush=True)

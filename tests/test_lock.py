@@ -148,6 +148,35 @@ def test_a_lock_removed_while_it_was_waited_for(tmp_path: Path, monkeypatch: pyt
             pass
 
 
+def test_a_lock_that_was_removed_and_taken_by_another(tmp_path: Path, system: bool) -> None:
+    with locked(tmp_path) as check:
+        check()
+        (tmp_path / "lock").unlink()
+        check()  # nobody else has it
+        with locked(tmp_path) as other:
+            other()
+            with pytest.raises(OSError, match="has become another process's"):
+                check()
+            with pytest.raises(InputError, match="another process is training"), locked(tmp_path):
+                pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(InputError, match="lock: cannot be written: No space left"),
+        locked(tmp_path / "runs/one"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_never_two_at_once(tmp_path: Path, system: bool) -> None:
     inside = most = turns = 0
     until = time.monotonic() + 2

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,10 @@ class Request:
 
 @dataclass
 class Job:
-    """A run ready to go on. `state` and `lanes` are where it stands; `notes` are for a person to read once."""
+    """A run ready to go on. `state` and `lanes` are where it stands; `notes` are for a person to read once.
+
+    `before_checkpoint`: called when a checkpoint is on disk, right before it is seen; see `Saver`.
+    """
 
     request: Request
     run: Run
@@ -134,6 +137,7 @@ class Job:
     resumed: bool
     notes: list[str]
     history: Recorder | None
+    before_checkpoint: list[Callable[[], None]] = field(default_factory=list)
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
@@ -185,14 +189,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def claimed(request: Request) -> Iterator[None]:
-    """Hold the lock of the run that `request` names, from before anything is read or written.
+def claimed(request: Request) -> Iterator[Callable[[], None]]:
+    """Hold the lock of the run that `request` names, from before anything is read or written; see `locked`.
 
     Raises InputError where another process trains it, or where the directory is neither a run nor to become one.
     """
     _existing_run(request.directory)
-    with locked(request.directory):
-        yield
+    with locked(request.directory) as check:
+        yield check
 
 
 def prepare(request: Request, say: Any) -> Job:
@@ -296,6 +300,7 @@ def prepare(request: Request, say: Any) -> Job:
         resumed=bool(found),
         notes=notes,
         history=history,
+        before_checkpoint=[] if history is None else [history.sync],
     )
 
 

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,23 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 
 
 @contextlib.contextmanager
-def locked(directory: Path, warn: Warn = warn_plainly) -> Iterator[None]:
+def locked(directory: Path, warn: Warn = warn_plainly) -> Iterator[Callable[[], None]]:
     """Keep other processes from training the run in `directory`, which is made if need be.
 
     Raises `InputError` where one does, or where the directory cannot be made or written. The lock is removed in
-    the end, and so are directories that were made for it alone.
+    the end, and so are directories that were made for it alone. What is yielded raises `OSError` where another
+    process has got the lock after all: where the directory, or this file, was removed in between.
     """
     made = _make(directory)
     try:
         descriptor = _take(directory, warn)
+
+        def check() -> None:
+            if (directory / LOCK).exists() and not _is_at(descriptor, directory / LOCK):
+                raise OSError(errno.ESTALE, "the directory has become another process's")
+
         try:
-            yield
+            yield check
         finally:
             # Still held: whoever opened the file before this sees that it is not the one in the directory.
             with contextlib.suppress(OSError):
@@ -76,23 +82,23 @@ def _take(directory: Path, warn: Warn) -> int:
     try:
         while True:
             descriptor, new = _open(path)
+            ours = False
             try:
                 held = _flock(descriptor)
-                if held is None:
-                    if not new:
-                        _judge(path, descriptor, warn)
-                        os.close(descriptor)
-                        continue
-                elif not held:
+                if held is False:
                     raise InputError(f"{directory}: another process is training this run{_who(descriptor)}")
-                elif not _is_at(descriptor, path):
-                    # Its owner removed it while we waited.
-                    os.close(descriptor)
-                    continue
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(_this_process()).encode() + b"\n", 0)
-                return descriptor
+                if held is None and not new:
+                    _judge(path, descriptor, warn)
+                elif held is None or _is_at(descriptor, path):  # else its owner has removed it meanwhile
+                    ours = True
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(_this_process()).encode() + b"\n", 0)
+                    return descriptor
+                os.close(descriptor)
             except BaseException:
+                if ours:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
                 os.close(descriptor)
                 raise
     except OSError as error:

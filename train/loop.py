@@ -120,5 +120,5 @@ def make_saver(job: Job, report: Report) -> Saver:
     """What writes the job's checkpoints, each after the metrics that lead up to it."""
     last = job.state.step if job.resumed else None
     request = job.request
-    before = [report.metrics.sync, *([job.history.sync] if job.history else [])]
+    before = [*job.before_checkpoint, report.metrics.sync]
     return Saver(job.run, request.keep, request.keep_every, report.warn, before, last)
