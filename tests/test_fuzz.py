@@ -141,10 +141,11 @@ def past_the_end(home: Path) -> None:
     write_checkpoint(home, signed(header, data))
 
 
-def pipe(path: str):  # type: ignore[no-untyped-def]
+def pipe(*paths: str):  # type: ignore[no-untyped-def]
     def put(home: Path) -> None:
-        (home / path).unlink()
-        os.mkfifo(home / path)
+        for path in paths:
+            (home / path).unlink()
+            os.mkfifo(home / path)
 
     return put
 
@@ -164,7 +165,11 @@ COMMANDS = [
         "'master.embedding' holds -32768 (accepted: -32512 to 32512)",
     ),
     (past_the_end, ["eval", "good"], "its step, 3, is past the run's 2 steps"),
-    (pipe(str(CHECKPOINT)), ["sample", "good"], "is not a regular file"),
+    (
+        pipe(str(CHECKPOINT), str(CHECKPOINT.with_name("step-00000001.safetensors"))),
+        ["sample", "good"],
+        "step-00000002.safetensors: is not a regular file",
+    ),
     (pipe("runs/good/config.json"), ["train", "--run", "good"], "config.json: is not a regular file"),
     (pipe("runs/good/tokenizer.json"), ["eval", "good"], "tokenizer.json: is not a regular file"),
     (pipe("pieces.model"), ["tokenizer", "inspect", "pieces.model"], "pieces.model: is not a regular file"),
