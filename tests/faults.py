@@ -118,7 +118,7 @@ class Faults:
                 return written
 
         def open_(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
-            if "b" not in mode or not set(mode) & set("wa") or faults.name(file) is None:
+            if "b" not in mode or not set(mode) & set("wax+") or faults.name(file) is None:
                 return opened(file, mode, buffering, *rest, **more)
             faults.point("before open", file)
             raw = Raw(file, mode.replace("b", ""))

@@ -36,7 +36,13 @@ STAGES = [
 ]
 """Every stage of a checkpoint's write."""
 OTHERS = [r"half one/metrics\.jsonl", r"written one/metrics\.jsonl", r"lock$", r"tfevents"]
-
+BASES = [r"half one/history/", r"before replace one/history/", r"after replace one/history/"]
+"""Of the history, when its first segment is begun."""
+RECORDS = [
+    r"half one/history/.*history$",
+    r"written one/history/.*history$",
+    r"before fsync one/history/.*history$",
+]
 
 MORE_GARBAGE = [b"garbage\n", bytes(64), b"[]", b'{"a": 1']
 
@@ -130,12 +136,16 @@ def shake(faulty: Faulty, home: Path, steps: int, faults: Iterator[dict[str, Any
     assert killed == kills
     assert (lost, differing) == (0, 0)
     assert found == expected
-    assert faulty.run(home, ["check", "one"])["code"] == 0
+    for command in ("check", "verify"):
+        assert faulty.run(home, [command, "one"])["code"] == 0
 
 
 def test_a_run_killed_at_every_stage_of_a_checkpoint(faulty: Faulty, home: Path) -> None:
-    faults = iter([{"kill": stage, "count": 1 + number % 2} for number, stage in enumerate(STAGES + OTHERS)])
-    shake(faulty, home, 40, faults, len(STAGES + OTHERS))
+    faults: list[dict[str, Any]] = [{"kill": stage} for stage in BASES]
+    faults += [
+        {"kill": stage, "count": 1 + number % 2} for number, stage in enumerate(STAGES + OTHERS + RECORDS)
+    ]
+    shake(faulty, home, 50, iter(faults), len(faults))
 
 
 def anywhere(seed: int) -> Iterator[dict[str, Any]]:
@@ -144,7 +154,7 @@ def anywhere(seed: int) -> Iterator[dict[str, Any]]:
         if source.random() < 0.4:
             yield {"after": source.random() * 0.06}
         else:
-            yield {"kill": source.choice(STAGES + OTHERS), "count": source.choice([1, 1, 2, 3])}
+            yield {"kill": source.choice(STAGES + OTHERS + RECORDS), "count": source.choice([1, 1, 2, 3])}
 
 
 @pytest.mark.long
@@ -224,7 +234,8 @@ def test_a_disk_that_is_full_for_some_steps(faulty: Faulty, home: Path) -> None:
     expected = undisturbed(faulty, home, command)
     done = faulty.run(home, command, full=7)
     assert done["code"] == 0
-    first, second = done["err"].splitlines()
+    history, first, second = done["err"].splitlines()
+    assert "one/history: the history cannot be written: 5,000 bytes are free" in history
     assert "step-00000002.safetensors: cannot be written: 16" in first
     assert first.endswith(
         "5,000 are free; there is none yet, training goes on and tries again every 30 seconds"
@@ -239,7 +250,8 @@ def test_a_disk_that_stays_full(faulty: Faulty, home: Path) -> None:
     expected = undisturbed(faulty, home, command)
     done = faulty.run(home, command, full=99)
     assert done["code"] == 2
-    first, second = done["err"].splitlines()
+    history, first, second = done["err"].splitlines()
+    assert "one/history: the history cannot be written: 5,000 bytes are free" in history
     assert "step-00000002.safetensors" in first
     assert "step-00000012.safetensors: cannot be written: " in second
     assert second.endswith("; the same command will go on from its start")
