@@ -248,7 +248,26 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
         help="steps between checkpoints; 0 makes 20 a run",
     )
     add("--keep", type=_integer("--keep"), default=3, metavar="COUNT", help="newest checkpoints to keep")
+    _add_cluster(command.add_argument_group("several processes, see docs/clusters.md").add_argument)
     command.set_defaults(command=_train)
+
+
+CLUSTER_FLAGS = ("coordinator", "processes", "process", "cluster", "wait", "lost_after")
+
+
+def _add_cluster(add: Any) -> None:
+    add("--coordinator", metavar="HOST:PORT", default=argparse.SUPPRESS,
+        help="where process 0 listens; the same for all processes")  # fmt: skip
+    add("--processes", type=_integer("--processes"), metavar="N", default=argparse.SUPPRESS,
+        help="how many there are; changes no bit of the result")  # fmt: skip
+    add("--process", type=_integer("--process"), metavar="I", default=argparse.SUPPRESS,
+        help="which one this is, from 0; process 0 alone writes the run")  # fmt: skip
+    add("--cluster", metavar="LAUNCHER", default=argparse.SUPPRESS,
+        help="take the three from slurm, ompi, k8s, mpi4py, or auto: whichever JAX finds")  # fmt: skip
+    add("--wait", type=_integer("--wait"), metavar="SECONDS", default=argparse.SUPPRESS,
+        help="how long processes wait for each other at the start (default: 120)")  # fmt: skip
+    add("--lost-after", type=_integer("--lost-after"), metavar="SECONDS", default=argparse.SUPPRESS,
+        help="silence after which a process is lost and the others leave, with exit code 3 (default: 20)")  # fmt: skip
 
 
 def _add_sample(commands: Any, name: str, describe: bool) -> None:
@@ -471,11 +490,14 @@ def _integer(flag: str) -> Any:
 
 def _train(parsed: argparse.Namespace) -> int:
     from intlm.engine.native import why_not_fast
+    from train.cluster import membership, together
     from train.job import Request, prepare
-    from train.loop import StopSignal, train
+    from train.loop import GroupStop, StopSignal, train
     from train.report import Report
+    from train.together import follow
 
     words = {name: value for name, value in vars(parsed).items() if name != "command"}
+    member = membership(*(words.pop(name, None) for name in CLUSTER_FLAGS))
     words["threads"] = _use_threads(parsed)
     for name in ("settings", "data"):
         words[name] = tuple(words[name])
@@ -485,8 +507,11 @@ def _train(parsed: argparse.Namespace) -> int:
         if terminal:
             print(line, file=sys.stderr)
 
-    with StopSignal() as stop:
-        job = prepare(Request(**words), say)
+    request = Request(**words)
+    with StopSignal() if member is None else GroupStop() as stop, together(member, stop) as cluster:
+        if cluster and cluster.process:
+            return DONE if follow(request, stop, cluster) else INTERRUPTED
+        job = prepare(request, say, cluster)
         config = job.config
         _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"

@@ -14,10 +14,13 @@ from eval.baselines import baselines
 from eval.bits import Evaluator
 from intlm import checkpoint, model
 from intlm.checkpoint import Checkpoint
+from intlm.engine.distributed import DistributedEngine
 from intlm.engine.engine import Engine, make_engine
 from intlm.errors import InputError
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
+from train import together
+from train.cluster import Cluster
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
 from train.lanes import Lanes
@@ -114,13 +117,24 @@ class Job:
     baselines: dict[str, float]
     resumed: bool
     notes: list[str]
+    cluster: Cluster | None = None
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
         return asked or -(-self.config.steps // EVALUATIONS)
 
     def save(self, state: EvolutionState) -> Path:
-        """Write a checkpoint of `state`, which the lanes stand behind, and drop old ones."""
+        """Write a checkpoint of `state`, which the lanes stand behind, and drop old ones.
+
+        Of several processes all have to call this, and the first one writes.
+        """
+        path = self.run.checkpoint_path(state.step)
+        if self.cluster is not None:
+            whole = together.collected(self.cluster, self.config.eggroll, state)
+            self.cluster.watch.saved = str(path)
+            if whole is None:
+                return path
+            state = whole
         arrays = {f"master.{name}": np.asarray(value) for name, value in state.masters.items()}
         arrays |= {f"scale.{name}": np.asarray(value) for name, value in state.scales.items()}
         arrays |= {
@@ -134,33 +148,37 @@ class Job:
             "tokenizer": self.tokenizer.digest,
             "text": self.digests,
         }
-        path = self.run.checkpoint_path(state.step)
         checkpoint.write(path, Checkpoint(arrays, meta))
         self.run.prune(self.request.keep)
         return path
 
 
-def prepare(request: Request, say: Any) -> Job:
+def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
     """Open the run that `request` names and restore it, or make it. `say` tells a person a line.
 
-    Raises InputError; a run on disk is then as it was.
+    cluster: the processes that train it together, of which this is the first; see `train.together.join` for the
+    others. Raises InputError; a run on disk is then as it was.
     """
     directory = request.directory
     run = _existing_run(directory)
     asked = open_tokenizer(request.tokenizer or ByteTokenizer.name)
     tokenizer = load_tokenizer(directory) if run else asked
     config = _configuration(request, run, tokenizer, asked.name)
+    if cluster:
+        together.lead(cluster, request, config, tokenizer)
     text = load_text(config.text)
+    if cluster:
+        together.agree(cluster, text)
     engine = make_engine(request.engine, config.model, config.eggroll, request.chunk, request.threads)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
-    lanes = _lanes(config, text, tokenizer)
+    lanes = make_lanes(config, text, tokenizer, None, cluster)
     resumed = run is not None
     latest = run.latest() if run else None
     # A checkpoint has the counts' head bias.
     counts = np.zeros(tokenizer.vocabulary, np.int64) if latest else text.counts(tokenizer)
     state = initial(config.model, config.eggroll, counts)
     if not config.steps:
-        steps = _plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
+        steps = plan_steps(config, engine, evaluator, state, lanes.next_segment(), say, cluster)
         config = dataclasses.replace(config, steps=steps)
         lanes.rewind()
     if run:
@@ -194,7 +212,7 @@ def prepare(request: Request, say: Any) -> Job:
                 ]
                 position["sources"], lost = text.settled(position["sources"])
                 notes += lost
-            lanes = _lanes(config, text, tokenizer, position)
+            lanes = make_lanes(config, text, tokenizer, position, cluster)
         except SourceUnavailable:
             raise
         except (InputError, KeyError, TypeError, ValueError) as error:
@@ -204,7 +222,10 @@ def prepare(request: Request, say: Any) -> Job:
     elif resumed:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
-    evolution = Evolution(engine, config.model, config.eggroll, config.steps)
+    if cluster:
+        cluster.tell({"steps": config.steps, "step": state.step, "position": lanes.position})
+        state = together.handed_out(cluster, config.eggroll, state)
+    evolution = make_evolution(engine, config, config.steps, cluster)
     return Job(
         request=request,
         run=run,
@@ -220,6 +241,7 @@ def prepare(request: Request, say: Any) -> Job:
         baselines=figures,
         resumed=latest is not None,
         notes=notes,
+        cluster=cluster,
     )
 
 
@@ -243,16 +265,26 @@ def _is_half_made(directory: Path) -> bool:
     return not names or (names <= RUN_FILES and checkpoints.is_dir() and not any(checkpoints.iterdir()))
 
 
-def _lanes(
-    config: RunConfig, text: Text, tokenizer: Tokenizer, position: dict[str, Any] | None = None
+def make_lanes(
+    config: RunConfig,
+    text: Text,
+    tokenizer: Tokenizer,
+    position: dict[str, Any] | None,
+    cluster: Cluster | None = None,
 ) -> Lanes:
-    """Lanes at the start, or at a `Lanes.position`."""
+    """Lanes at the start, or at a `Lanes.position`; of several processes, this one's."""
     eggroll = config.eggroll
-    if position is None:
-        return Lanes(text.stream(eggroll.seed), tokenizer, eggroll.lanes, eggroll.segment)
-    stream = text.stream(eggroll.seed, position["sources"])
-    offset, column = position["offset"], position["column"]
-    return Lanes(stream, tokenizer, eggroll.lanes, eggroll.segment, offset, column)
+    place = position or {"sources": None, "offset": 0, "column": 0}
+    stream = text.stream(eggroll.seed, place["sources"])
+    values = (stream, tokenizer, eggroll.lanes, eggroll.segment, place["offset"], place["column"])
+    return Lanes(*values) if cluster is None else together.own_lanes(cluster, eggroll, *values)
+
+
+def make_evolution(engine: Engine, config: RunConfig, steps: int, cluster: Cluster | None) -> Evolution:
+    """Steps of a run of `steps`; of several processes, this one's part of them."""
+    if cluster is not None:
+        engine = DistributedEngine(engine, cluster.total, together.own_pairs(cluster, config.eggroll).start)
+    return Evolution(engine, config.model, config.eggroll, steps)
 
 
 def restore(
@@ -317,7 +349,11 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
 
 def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
     """The run's own configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
-    kept = _kept(run, tokenizer) if run else None
+    return configuration(request, _kept(run, tokenizer) if run else None, tokenizer, asked)
+
+
+def configuration(request: Request, kept: RunConfig | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
+    """`kept`, the run's configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
     if kept and not request.decides:
         return kept
     said: dict[str, Any] = {
@@ -343,9 +379,8 @@ def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, aske
     elif request.steps is None:
         config = dataclasses.replace(config, steps=kept.steps, minutes=kept.minutes)
     if changed := differences(kept.shown(), config.shown()):
-        assert run is not None
         raise InputError(
-            f"{run.directory}: the run has another configuration: {'; '.join(changed)} "
+            f"{request.directory}: the run has another configuration: {'; '.join(changed)} "
             "(leave the flags out to resume it, or name a new run with --run)"
         )
     return config  # the same, but for passwords and signatures in URLs, which may have been renewed
@@ -361,32 +396,45 @@ def _minutes(text: str) -> Decimal:
     raise InputError(f"--minutes {text}: must be a number above 0, up to 100000")
 
 
-def _plan_steps(
+def plan_steps(
     config: RunConfig,
     engine: Engine,
-    evaluator: Evaluator,
+    evaluator: Evaluator | None,
     state: EvolutionState,
     tokens: np.ndarray,
     say: Any,
+    cluster: Cluster | None = None,
 ) -> int:
     """How many steps fill the minutes that were asked for, measured on this machine.
 
     This is the one place where a clock decides anything; the answer goes into the configuration, and the run
-    is as repeatable as one with --steps.
+    is as repeatable as one with --steps. Of several processes it is the clock of the first; the others take part
+    in the steps, have no `evaluator`, and their answer is of no use.
     """
-    evolution = Evolution(engine, config.model, config.eggroll, 1 << 20)
+    evolution = make_evolution(engine, config, 1 << 20, cluster)
     begun = time.perf_counter()
+    if cluster:
+        state = together.handed_out(cluster, config.eggroll, state)
     after, _ = evolution.step(state, tokens)  # compiles
     parameters = evolution.parameters(after.masters, after.head_bias)
-    evaluator.score(parameters)
     started = time.perf_counter()
-    evaluator.score(parameters)
+    if evaluator:
+        evaluator.score(parameters)
+        started = time.perf_counter()
+        evaluator.score(parameters)
     evaluation = time.perf_counter() - started
-    steps, started = 0, time.perf_counter()
-    while steps < 3 or time.perf_counter() - started < CALIBRATION_SECONDS:
-        after, statistics = evolution.step(after, tokens)
-        np.asarray(statistics["score"])
-        steps += 1
+    if cluster:
+        cluster.tell()  # waits until all are there
+    steps, batch, started = 0, 1, time.perf_counter()
+    while True:
+        more = steps < 3 or time.perf_counter() - started < CALIBRATION_SECONDS
+        if not (cluster.tell(more) if cluster else more):
+            break
+        for _ in range(batch):
+            after, statistics = evolution.step(after, tokens)
+            np.asarray(statistics["score"])
+        steps += batch
+        batch = 2 * batch if cluster else 1  # so that few of the seconds go into asking
     step = (time.perf_counter() - started) / steps
     left = float(_minutes(config.minutes)) * 60 - (time.perf_counter() - begun) - evaluation * EVALUATIONS
     planned = min(max(1, int(left / step)), LONGEST_RUN)

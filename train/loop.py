@@ -9,6 +9,7 @@ from intlm.errors import InputError
 from intlm.evolution import EvolutionState
 from train.job import Job
 from train.report import Report
+from train.together import Silent
 
 PATIENCE = 1.0
 
@@ -43,7 +44,21 @@ class StopSignal:
         self.requested = True
 
 
-def train(job: Job, report: Report, stop: StopSignal) -> EvolutionState:
+class GroupStop(StopSignal):
+    """Of several processes: `asked` where somebody asked one of them, `requested` when all have agreed to stop.
+
+    A second signal is the business of `train.cluster`, which hears it also while this thread waits for others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def train(job: Job, report: Report | Silent, stop: StopSignal) -> EvolutionState:
     """Step the job to its end, or until a stop is requested; a checkpoint is written either way.
 
     The statistics of a step are read while the next one runs.
