@@ -328,9 +328,7 @@ class Cluster:
 
         everywhere = PartitionSpec()
         self._sum = jax.jit(
-            jax.shard_map(
-                add, mesh=mesh, in_specs=PartitionSpec(_AXIS), out_specs=(everywhere, everywhere)
-            )
+            jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(_AXIS), out_specs=(everywhere, everywhere))
         )
         with _without_output():
             # Whatever is to be connected is now: the store has no answers to wait for without the agent.
