@@ -267,7 +267,7 @@ def _add_cluster(add: Any) -> None:
     add("--wait", type=_integer("--wait"), metavar="SECONDS", default=argparse.SUPPRESS,
         help="how long processes wait for each other at the start (default: 120)")  # fmt: skip
     add("--lost-after", type=_integer("--lost-after"), metavar="SECONDS", default=argparse.SUPPRESS,
-        help="silence after which a process is lost and the others leave, with exit code 3 (default: 20)")  # fmt: skip
+        help="silence after which a process is lost and the others leave, exit code 3 (default: 20)")  # fmt: skip
 
 
 def _add_sample(commands: Any, name: str, describe: bool) -> None:
@@ -489,15 +489,17 @@ def _integer(flag: str) -> Any:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from intlm.engine.native import why_not_fast
     from train.cluster import membership, together
+
+    words = {name: value for name, value in vars(parsed).items() if name != "command"}
+    member = membership(*(words.pop(name, None) for name in CLUSTER_FLAGS))
+    # Below, since these import JAX.
+    from intlm.engine.native import why_not_fast
     from train.job import Request, prepare
     from train.loop import GroupStop, StopSignal, train
     from train.report import Report
     from train.together import follow
 
-    words = {name: value for name, value in vars(parsed).items() if name != "command"}
-    member = membership(*(words.pop(name, None) for name in CLUSTER_FLAGS))
     words["threads"] = _use_threads(parsed)
     for name in ("settings", "data"):
         words[name] = tuple(words[name])

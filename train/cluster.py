@@ -29,7 +29,6 @@ import numpy as np
 
 from intlm.engine.distributed import MOST_PROCESSES
 from intlm.errors import InputError, unknown
-from intlm.fixedpoint import Array
 from train.lanes import Lanes
 
 if TYPE_CHECKING:
@@ -97,6 +96,8 @@ def membership(
     elif len(given) < len(flags):
         (missing, *_) = (flag for flag in flags if flag not in given)
         raise InputError(f"{given[0]}: {missing} is missing (give {', '.join(flags)}, all three)")
+    # Before JAX is imported: what it logs about processes that come and go we say in a line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     assert coordinator is not None and processes is not None and process is not None
     _split_address(coordinator)
     if not 1 <= processes <= MOST_PROCESSES:
@@ -158,8 +159,8 @@ class Cluster:
 
     # --- sums ---------------------------------------------------------------------------------------------
 
-    def total(self, values: Array) -> Array:
-        """The sum over all processes of int32 [n], on the device; also whether anyone has asked to stop."""
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum over all processes of int32 [n]; on the way all hear whether anyone was asked to stop."""
         import jax
 
         asked = np.full(1, self.stop.asked, np.int32)
@@ -171,8 +172,8 @@ class Cluster:
                 )
                 for part in parts
             ]
-            summed, asking = (whole.addressable_data(0) for whole in self._sum(*wholes))
-            self.stop.requested |= bool(np.asarray(asking).any())
+            summed, asking = (np.asarray(whole.addressable_data(0)) for whole in self._sum(*wholes))
+        self.stop.requested |= bool(asking.any())
         return summed
 
     # --- words ----------------------------------------------------------------------------------------------
@@ -255,18 +256,21 @@ class Cluster:
         host, _ = _split_address(member.coordinator)
         # gRPC would go through a web proxy, which a cluster's own network has no use for.
         os.environ.setdefault("no_grpc_proxy", host)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         import jax
         from jax._src import distributed
+        from jax._src.lib import _jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_check_proxy_envs", False)
         # It would take over SIGTERM.
         jax.config.update("jax_enable_preemption_service", False)
         outcome: list[BaseException | None] = []
+        make_client = _jax.get_distributed_runtime_client
 
         def initialize() -> None:
             try:
+                # With a callback, which is never called right, what goes wrong is raised; without, it aborts.
+                _jax.get_distributed_runtime_client = partial(make_client, missed_heartbeat_callback=print)
                 jax.distributed.initialize(
                     member.coordinator, member.processes, member.process, member.devices,
                     cluster_detection_method="deactivate", initialization_timeout=member.wait,
@@ -276,7 +280,10 @@ class Cluster:
                 outcome.append(None)
             except BaseException as error:
                 outcome.append(error)
+            finally:
+                _jax.get_distributed_runtime_client = make_client
 
+        began = time.monotonic()
         # In a thread, so that Ctrl-C is heard.
         thread = threading.Thread(target=initialize, name="intlm-connect", daemon=True)
         thread.start()
@@ -284,24 +291,30 @@ class Cluster:
             thread.join(POLL_SECONDS)
             if self.stop.asked:
                 _leave(130)
-        if outcome and outcome[0] is not None:
-            self._refuse(str(outcome[0]))
+        if outcome[0] is not None:
+            self._refuse(time.monotonic() - began, outcome[0])
         self._state = distributed.global_state
         self._client = distributed.global_state.client
 
-    def _refuse(self, why: str) -> NoReturn:
+    def _refuse(self, waited: float, error: BaseException) -> NoReturn:
         from jax._src import distributed
 
         # Or JAX would say goodbye to it at the end, and complain.
         distributed.global_state.client = distributed.global_state.service = None
         member = self._member
-        if "DEADLINE_EXCEEDED" in why or "Barrier" in why:
+        where = f"--coordinator {member.coordinator}"
+        if waited >= member.wait - 1:
             what = "no answer" if member.process else "not all processes came"
             raise InputError(
-                f"--coordinator {member.coordinator}: {what} within {member.wait} seconds (--wait); "
-                f"{member.processes} processes are to start, of which this is process {member.process}"
-            )
-        raise InputError(f"--coordinator {member.coordinator}: {why.splitlines()[0]}")
+                f"{where}: {what} within {member.wait} seconds (--wait); {member.processes} processes are to "
+                f"start, of which this is process {member.process}"
+            ) from error
+        if "bad_cast" in str(error):
+            raise InputError(
+                f"{where}: process {member.process} of {member.processes} was not taken (accepted: one process "
+                "of each number, and the same --processes for all)"
+            ) from error
+        raise InputError(f"{where}: {' '.join(str(error).split())[:200]}") from error
 
     def _join(self) -> None:
         """Make the collectives."""
