@@ -130,7 +130,9 @@ def test_a_process_encodes_its_own_lanes_alone(monkeypatch):
     """Of bytes; where a token is no byte, what lies before has to be encoded to know where it ends."""
     encoded = []
     encode = ByteTokenizer.encode
-    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text))
+    monkeypatch.setattr(
+        ByteTokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text)
+    )
     documents = [bytes([97 + number]) * 6 for number in range(26)]
     lanes = make_lanes([(documents, 1)], 0, ByteTokenizer(), 10, 4, own=(4, 2))
     lanes.next_segment()

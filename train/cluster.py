@@ -294,27 +294,24 @@ class Cluster:
         if outcome[0] is not None:
             self._refuse(time.monotonic() - began, outcome[0])
         self._state = distributed.global_state
-        self._client = distributed.global_state.client
+        self._client: Any = distributed.global_state.client
 
     def _refuse(self, waited: float, error: BaseException) -> NoReturn:
-        from jax._src import distributed
-
-        # Or JAX would say goodbye to it at the end, and complain.
-        distributed.global_state.client = distributed.global_state.service = None
-        member = self._member
-        where = f"--coordinator {member.coordinator}"
+        """One line, and the end: JAX's half-made parts would complain at length when they are taken down."""
+        member, why = self._member, " ".join(str(error).split())[:200]
         if waited >= member.wait - 1:
             what = "no answer" if member.process else "not all processes came"
-            raise InputError(
-                f"{where}: {what} within {member.wait} seconds (--wait); {member.processes} processes are to "
-                f"start, of which this is process {member.process}"
-            ) from error
-        if "bad_cast" in str(error):
-            raise InputError(
-                f"{where}: process {member.process} of {member.processes} was not taken (accepted: one process "
-                "of each number, and the same --processes for all)"
-            ) from error
-        raise InputError(f"{where}: {' '.join(str(error).split())[:200]}") from error
+            why = (
+                f"{what} within {member.wait} seconds (--wait); {member.processes} processes are to start, of "
+                f"which this is process {member.process}"
+            )
+        elif "bad_cast" in why:
+            why = (
+                f"process {member.process} of {member.processes} was not taken (accepted: one process of each "
+                "number, and the same --processes for all)"
+            )
+        print(f"intlm: --coordinator {member.coordinator}: {why}", file=sys.stderr)
+        _leave(2)
 
     def _join(self) -> None:
         """Make the collectives."""

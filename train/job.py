@@ -181,6 +181,10 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
         steps = plan_steps(config, engine, evaluator, state, lanes.next_segment(), say, cluster)
         config = dataclasses.replace(config, steps=steps)
         lanes.rewind()
+        if cluster:
+            # At the same place as the others', who have none yet: before a chunk.
+            lanes.close()
+            lanes = make_lanes(config, text, tokenizer, None, cluster)
     if run:
         figures = _read_baselines(directory / "baselines.json")
     else:

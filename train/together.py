@@ -40,11 +40,11 @@ def own_pairs(cluster: Cluster, config: EggrollConfig, process: int | None = Non
 
 
 def own_lanes(
-    cluster: Cluster, config: EggrollConfig, stream: Stream, tokenizer: Tokenizer, *values: int
+    cluster: Cluster, config: EggrollConfig, stream: Stream, tokenizer: Tokenizer, *values: Any
 ) -> GroupLanes:
     """The lanes of this process; `values`: as of `Lanes`."""
     own = share(config.lanes, cluster.processes, cluster.process)
-    lanes = GroupLanes(stream, tokenizer, *values, own=own)
+    lanes = GroupLanes(stream, tokenizer, *values, own)
     lanes.cluster = cluster
     return lanes
 

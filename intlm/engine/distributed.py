@@ -38,7 +38,8 @@ def to_limbs(sums_N: np.ndarray) -> np.ndarray:
 
 def from_limbs(limbs: np.ndarray) -> np.ndarray:
     """int64 [N] from sums of limbs of up to `MOST_PROCESSES` processes: exact where it fits 64 bits."""
-    return np.sum(limbs.reshape(-1, LIMBS).astype(np.int64) << _SHIFTS, axis=1, dtype=np.int64)
+    sums: np.ndarray = np.sum(limbs.reshape(-1, LIMBS).astype(np.int64) << _SHIFTS, axis=1, dtype=np.int64)
+    return sums
 
 
 class DistributedEngine:
