@@ -40,13 +40,20 @@ def own_pairs(cluster: Cluster, config: EggrollConfig, process: int | None = Non
 
 
 def own_lanes(
-    cluster: Cluster, config: EggrollConfig, stream: Stream, tokenizer: Tokenizer, *values: Any
+    cluster: Cluster,
+    config: EggrollConfig,
+    stream: Stream,
+    tokenizer: Tokenizer,
+    lanes: int,
+    segment: int,
+    offset: int,
+    column: int,
 ) -> GroupLanes:
-    """The lanes of this process; `values`: as of `Lanes`."""
+    """The lanes of this process; see `Lanes`."""
     own = share(config.lanes, cluster.processes, cluster.process)
-    lanes = GroupLanes(stream, tokenizer, *values, own)
-    lanes.cluster = cluster
-    return lanes
+    made = GroupLanes(stream, tokenizer, lanes, segment, offset, column, own)
+    made.cluster = cluster
+    return made
 
 
 def handed_out(cluster: Cluster, config: EggrollConfig, state: EvolutionState) -> EvolutionState:

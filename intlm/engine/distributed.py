@@ -38,8 +38,7 @@ def to_limbs(sums_N: np.ndarray) -> np.ndarray:
 
 def from_limbs(limbs: np.ndarray) -> np.ndarray:
     """int64 [N] from sums of limbs of up to `MOST_PROCESSES` processes: exact where it fits 64 bits."""
-    sums: np.ndarray = np.sum(limbs.reshape(-1, LIMBS).astype(np.int64) << _SHIFTS, axis=1, dtype=np.int64)
-    return sums
+    return np.asarray(np.sum(limbs.reshape(-1, LIMBS).astype(np.int64) << _SHIFTS, axis=1, dtype=np.int64))
 
 
 class DistributedEngine:
@@ -85,5 +84,9 @@ class DistributedEngine:
 
 def _split(joined: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     """Arrays of these shapes from one behind another."""
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    return [part.reshape(shape) for part, shape in zip(np.split(joined, ends[:-1]), shapes, strict=True)]
+    parts, begin = [], 0
+    for shape in shapes:
+        end = begin + math.prod(shape)
+        parts.append(joined[begin:end].reshape(shape))
+        begin = end
+    return parts
