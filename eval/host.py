@@ -14,8 +14,9 @@ from eval.throughput import Case, limited_threads, seconds_of
 from intlm.engine.engine import Engine
 from intlm.evolution import EvolutionState
 from train.job import Job, Request, prepare
-from train.loop import StopSignal, train
+from train.loop import train
 from train.report import Report
+from train.stop import StopSignal
 
 TEXT_BYTES = 1 << 20
 WARM_STEPS = 5

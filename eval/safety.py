@@ -82,7 +82,9 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
                 safe, _ = _block(job, safe, 1, recorded=True)
                 started = time.perf_counter()
                 history.seal()
-                saver.save(safe.step, job.snapshot(safe), {})
+                make = job.snapshot(safe)
+                assert make is not None
+                saver.save(safe.step, make, {})
                 safe, _ = _block(job, safe, steps, recorded=True)
                 history.seal()
                 history.sync()

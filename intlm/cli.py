@@ -272,7 +272,26 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
     add("--history", type=_integer("--history"), default=1000, metavar="MB",
         help="disk in MB for the log from which the weights of every step can be rebuilt; beyond it, the oldest "
         "steps are dropped; 0 keeps none")  # fmt: skip
+    _add_cluster(command.add_argument_group("several processes, see docs/clusters.md").add_argument)
     command.set_defaults(command=_train)
+
+
+CLUSTER_FLAGS = ("coordinator", "processes", "process", "cluster", "wait", "lost_after")
+
+
+def _add_cluster(add: Any) -> None:
+    add("--coordinator", metavar="HOST:PORT", default=argparse.SUPPRESS,
+        help="where process 0 listens; the same for all processes")  # fmt: skip
+    add("--processes", type=_integer("--processes"), metavar="N", default=argparse.SUPPRESS,
+        help="how many there are; changes no bit of the result")  # fmt: skip
+    add("--process", type=_integer("--process"), metavar="I", default=argparse.SUPPRESS,
+        help="which one this is, from 0; process 0 alone writes the run")  # fmt: skip
+    add("--cluster", metavar="LAUNCHER", default=argparse.SUPPRESS,
+        help="take the three from slurm, ompi, k8s, mpi4py, or auto: whichever JAX finds")  # fmt: skip
+    add("--wait", type=_integer("--wait"), metavar="SECONDS", default=argparse.SUPPRESS,
+        help="how long processes wait for each other at the start (default: 120)")  # fmt: skip
+    add("--lost-after", type=_integer("--lost-after"), metavar="SECONDS", default=argparse.SUPPRESS,
+        help="silence after which a process is lost and the others leave, exit code 3 (default: 20)")  # fmt: skip
 
 
 def _add_sample(commands: Any, name: str, describe: bool) -> None:
@@ -539,12 +558,18 @@ def _integer(flag: str) -> Any:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from intlm.engine.native import why_not_fast
-    from train.job import Request, claimed, prepare
-    from train.loop import StopSignal, train
-    from train.report import Report
+    from train.cluster import membership, together
 
     words = {name: value for name, value in vars(parsed).items() if name != "command"}
+    member = membership(*(words.pop(name, None) for name in CLUSTER_FLAGS))
+    # Below, since these import JAX.
+    from intlm.engine.native import why_not_fast
+    from train.job import Request, claimed, prepare
+    from train.loop import train
+    from train.report import Report
+    from train.stop import GroupStop, StopSignal
+    from train.together import follow
+
     words["threads"] = _use_threads(parsed)
     for name in ("settings", "data"):
         words[name] = tuple(words[name])
@@ -555,8 +580,13 @@ def _train(parsed: argparse.Namespace) -> int:
             print(line, file=sys.stderr)
 
     request = Request(**words)
-    with StopSignal() as stop, claimed(request) as check_lock:
-        job = prepare(request, say)
+    with contextlib.ExitStack() as leaving:
+        stop = leaving.enter_context(StopSignal() if member is None else GroupStop())
+        cluster = leaving.enter_context(together(member, stop))
+        if cluster and cluster.process:
+            return DONE if follow(request, stop, cluster) else INTERRUPTED
+        check_lock = leaving.enter_context(claimed(request))
+        job = prepare(request, say, cluster)
         job.before_checkpoint.append(check_lock)
         config = job.config
         _tell_loss(job.tokenizer)

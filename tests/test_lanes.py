@@ -10,6 +10,7 @@ from helpers import ListCorpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intlm.engine.distributed import share
 from intlm.errors import InputError
 from tokenizer import ByteTokenizer
 from train import lanes as lanes_module
@@ -52,10 +53,10 @@ def make_stream(mixture, seed, places=None):
     )
 
 
-def make_lanes(mixture, seed, tokenizer, count, segment, position=None):
+def make_lanes(mixture, seed, tokenizer, count, segment, position=None, own=None):
     position = position or {"sources": None, "offset": 0, "column": 0}
     stream = make_stream(mixture, seed, position["sources"])
-    return Lanes(stream, tokenizer, count, segment, position["offset"], position["column"])
+    return Lanes(stream, tokenizer, count, segment, position["offset"], position["column"], own)
 
 
 def slow_segments(mixture, seed, tokenizer, count, segment, steps):
@@ -105,6 +106,39 @@ def test_runs_that_are_killed_and_resumed_read_the_same_tokens(layout, runs):
         assert position == undisturbed.position
         assert not steps or resumed.progress() == undisturbed.progress()
         resumed.close()
+
+
+@settings(max_examples=60)
+@given(layouts, st.integers(1, 12), st.integers(0, 40), st.integers(1, 20))
+def test_processes_read_their_own_lanes_of_the_same_segments(layout, processes, before, steps):
+    whole = make_lanes(*layout)
+    for _ in range(before):
+        whole.next_segment()
+    position, count = json.loads(json.dumps(whole.position)), layout[3]
+    shares = [share(count, min(processes, count), process) for process in range(min(processes, count))]
+    parts = [make_lanes(*layout, position, own) for own in shares]
+    for _ in range(steps):
+        tokens = [part.next_segment() for part in parts]
+        np.testing.assert_array_equal(np.concatenate(tokens), whole.next_segment())
+        for part in parts:
+            assert part.position == whole.position
+            assert part.progress() == whole.progress()
+            assert part.bytes_per_token == whole.bytes_per_token
+
+
+def test_a_process_encodes_its_own_lanes_alone(monkeypatch):
+    """Of bytes; where a token is no byte, what lies before has to be encoded to know where it ends."""
+    encoded = []
+    encode = ByteTokenizer.encode
+    monkeypatch.setattr(
+        ByteTokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text)
+    )
+    documents = [bytes([97 + number]) * 6 for number in range(26)]
+    lanes = make_lanes([(documents, 1)], 0, ByteTokenizer(), 10, 4, own=(4, 2))
+    lanes.next_segment()
+    lanes.close()
+    # Two lanes are 40 tokens of a chunk's 200: 6 or 7 documents of 7 tokens. A second chunk may be read ahead.
+    assert 6 <= sum(map(bool, encoded)) <= 2 * 8
 
 
 @settings(max_examples=20)

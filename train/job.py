@@ -20,12 +20,15 @@ from eval.bits import Evaluator
 from intlm import checkpoint, fixedpoint, model
 from intlm.checkpoint import Checkpoint
 from intlm.eggroll import Statistics
+from intlm.engine.distributed import DistributedEngine
 from intlm.engine.engine import Engine, make_engine
 from intlm.errors import DamagedError, InputError, brief, shown
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
 from intlm.history import Recorder
 from intlm.untrusted import parse_json, read_file
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
+from train import together
+from train.cluster import Cluster
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
 from train.lanes import Lanes
@@ -138,6 +141,7 @@ class Job:
     notes: list[str]
     history: Recorder | None
     before_checkpoint: list[Callable[[], None]] = field(default_factory=list)
+    cluster: Cluster | None = None
 
     def every(self, asked: int) -> int:
         """Steps between two events that happen every `asked` steps, or `EVALUATIONS` times a run."""
@@ -161,12 +165,24 @@ class Job:
             fitness = statistics.get("fitness")
             self.history.append(state.step, state.masters, self.weights(state), fitness)
 
+    def agreed(self, said: bool) -> bool:
+        """What the process that writes the run says; all of several have to ask."""
+        return bool(self.cluster.tell(said)) if self.cluster is not None else said
+
     def weights(self, state: EvolutionState) -> model.Parameters:
         """The int8 weights of a state, and the head bias."""
         return self.evolution.parameters(state.masters, state.head_bias)
 
-    def snapshot(self, state: EvolutionState) -> Callable[[], Checkpoint]:
-        """What makes the checkpoint of `state`, which the lanes stand behind: now or later, in any thread."""
+    def snapshot(self, state: EvolutionState) -> Callable[[], Checkpoint] | None:
+        """What makes the checkpoint of `state`, which the lanes stand behind: now or later, in any thread.
+
+        Of several processes all have to call this; None in those that do not write.
+        """
+        if self.cluster is not None:
+            whole = together.collected(self.cluster, self.config.eggroll, state)
+            if whole is None:
+                return None
+            state = whole
         meta = {
             "config": self.config.shown(),
             "step": state.step,
@@ -199,21 +215,26 @@ def claimed(request: Request) -> Iterator[Callable[[], None]]:
         yield check
 
 
-def prepare(request: Request, say: Any) -> Job:
+def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
     """Open the run that `request` names (see `claimed`) and restore it, or make it. `say` tells a person a line.
 
-    A newest checkpoint that is damaged is set aside, and the one before is taken. Raises InputError; a run on
-    disk is then as it was.
+    cluster: the processes that train it together, of which this is the first; see `train.together.join` for the
+    others. A newest checkpoint that is damaged is set aside, and the one before is taken. Raises InputError; a
+    run on disk is then as it was.
     """
     directory = request.directory
     run = _existing_run(directory)
     asked = open_tokenizer(request.tokenizer or ByteTokenizer.name)
     tokenizer = load_tokenizer(directory) if run else asked
     config = _configuration(request, run, tokenizer, asked.name)
+    if cluster:
+        together.lead(cluster, request, config, tokenizer)
     text = load_text(config.text)
+    if cluster:
+        together.agree(cluster, text)
     engine = make_engine(request.engine, config.model, config.eggroll, request.chunk, request.threads)
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
-    lanes = _lanes(config, text, tokenizer)
+    lanes = make_lanes(config, text, tokenizer, None, cluster)
     resumed = run is not None
     found = run.checkpoints()[::-1] if run else []
     if found:
@@ -221,9 +242,13 @@ def prepare(request: Request, say: Any) -> Job:
     else:
         state = initial(config.model, config.eggroll, text.counts(tokenizer))
     if not config.steps:
-        steps = _plan_steps(config, engine, evaluator, state, lanes.next_segment(), say)
+        steps = plan_steps(config, engine, evaluator, state, lanes.next_segment(), say, cluster)
         config = dataclasses.replace(config, steps=steps)
         lanes.rewind()
+        if cluster:
+            # At the same place as the others', who have none yet: before a chunk.
+            lanes.close()
+            lanes = make_lanes(config, text, tokenizer, None, cluster)
     if run:
         figures = _read_baselines(directory / "baselines.json")
     else:
@@ -264,7 +289,7 @@ def prepare(request: Request, say: Any) -> Job:
                 ]
                 position["sources"], lost = text.settled(position["sources"])
                 notes += lost
-            lanes = _lanes(config, text, tokenizer, position)
+            lanes = make_lanes(config, text, tokenizer, position, cluster)
         except SourceUnavailable:
             raise
         except (InputError, KeyError, TypeError, ValueError) as error:
@@ -278,7 +303,10 @@ def prepare(request: Request, say: Any) -> Job:
     elif resumed:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
-    evolution = Evolution(engine, config.model, config.eggroll, config.steps)
+    if cluster:
+        cluster.tell({"steps": config.steps, "step": state.step, "position": lanes.position})
+        state = together.handed_out(cluster, config.eggroll, state)
+    evolution = make_evolution(engine, config, config.steps, cluster)
     history = None
     if request.history:
         meta = {"config": config.shown(), "tokenizer": tokenizer.digest, "text": text.digests}
@@ -301,6 +329,7 @@ def prepare(request: Request, say: Any) -> Job:
         notes=notes,
         history=history,
         before_checkpoint=[] if history is None else [history.sync],
+        cluster=cluster,
     )
 
 
@@ -351,16 +380,27 @@ def _is_half_made(directory: Path) -> bool:
     return not names or (names <= RUN_FILES and checkpoints.is_dir() and not any(checkpoints.iterdir()))
 
 
-def _lanes(
-    config: RunConfig, text: Text, tokenizer: Tokenizer, position: dict[str, Any] | None = None
+def make_lanes(
+    config: RunConfig,
+    text: Text,
+    tokenizer: Tokenizer,
+    position: dict[str, Any] | None,
+    cluster: Cluster | None = None,
 ) -> Lanes:
-    """Lanes at the start, or at a `Lanes.position`."""
+    """Lanes at the start, or at a `Lanes.position`; of several processes, this one's."""
     eggroll = config.eggroll
-    if position is None:
-        return Lanes(text.stream(eggroll.seed), tokenizer, eggroll.lanes, eggroll.segment)
-    stream = text.stream(eggroll.seed, position["sources"])
-    offset, column = position["offset"], position["column"]
-    return Lanes(stream, tokenizer, eggroll.lanes, eggroll.segment, offset, column)
+    place = position or {"sources": None, "offset": 0, "column": 0}
+    stream = text.stream(eggroll.seed, place["sources"])
+    values = (stream, tokenizer, eggroll.lanes, eggroll.segment, place["offset"], place["column"])
+    return Lanes(*values) if cluster is None else together.own_lanes(cluster, eggroll, *values)
+
+
+def make_evolution(engine: Engine, config: RunConfig, steps: int, cluster: Cluster | None) -> Evolution:
+    """Steps of a run of `steps`; of several processes, this one's part of them."""
+    if cluster is not None:
+        first = together.own_pairs(cluster, config.eggroll).start
+        engine = DistributedEngine(engine, cluster.total, first, config.eggroll.pairs)
+    return Evolution(engine, config.model, config.eggroll, steps)
 
 
 def restore(
@@ -496,7 +536,11 @@ def _kept(run: Run, tokenizer: Tokenizer) -> RunConfig:
 
 def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
     """The run's own configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
-    kept = _kept(run, tokenizer) if run else None
+    return configuration(request, _kept(run, tokenizer) if run else None, tokenizer, asked)
+
+
+def configuration(request: Request, kept: RunConfig | None, tokenizer: Tokenizer, asked: str) -> RunConfig:
+    """`kept`, the run's configuration, checked against what was asked; or a new one. `asked`: for a tokenizer."""
     if kept and not request.decides:
         return kept
     said: dict[str, Any] = {
@@ -522,9 +566,8 @@ def _configuration(request: Request, run: Run | None, tokenizer: Tokenizer, aske
     elif request.steps is None:
         config = dataclasses.replace(config, steps=kept.steps, minutes=kept.minutes)
     if changed := differences(kept.shown(), config.shown()):
-        assert run is not None
         raise InputError(
-            f"{run.directory}: the run has another configuration: {'; '.join(changed)} "
+            f"{request.directory}: the run has another configuration: {'; '.join(changed)} "
             "(leave the flags out to resume it, or name a new run with --run)"
         )
     return config  # the same, but for passwords and signatures in URLs, which may have been renewed
@@ -540,32 +583,45 @@ def _minutes(text: str) -> Decimal:
     raise InputError(f"--minutes {text}: must be a number above 0, up to 100000")
 
 
-def _plan_steps(
+def plan_steps(
     config: RunConfig,
     engine: Engine,
-    evaluator: Evaluator,
+    evaluator: Evaluator | None,
     state: EvolutionState,
     tokens: np.ndarray,
     say: Any,
+    cluster: Cluster | None = None,
 ) -> int:
     """How many steps fill the minutes that were asked for, measured on this machine.
 
     This is the one place where a clock decides anything; the answer goes into the configuration, and the run
-    is as repeatable as one with --steps.
+    is as repeatable as one with --steps. Of several processes it is the clock of the first; the others take part
+    in the steps, have no `evaluator`, and their answer is of no use.
     """
-    evolution = Evolution(engine, config.model, config.eggroll, 1 << 20)
+    evolution = make_evolution(engine, config, 1 << 20, cluster)
     begun = time.perf_counter()
+    if cluster:
+        state = together.handed_out(cluster, config.eggroll, state)
     after, _ = evolution.step(state, tokens)  # compiles
     parameters = evolution.parameters(after.masters, after.head_bias)
-    evaluator.score(parameters)
     started = time.perf_counter()
-    evaluator.score(parameters)
+    if evaluator:
+        evaluator.score(parameters)
+        started = time.perf_counter()
+        evaluator.score(parameters)
     evaluation = time.perf_counter() - started
-    steps, started = 0, time.perf_counter()
-    while steps < 3 or time.perf_counter() - started < CALIBRATION_SECONDS:
-        after, statistics = evolution.step(after, tokens)
-        np.asarray(statistics["score"])
-        steps += 1
+    if cluster:
+        cluster.tell()  # waits until all are there
+    steps, batch, started = 0, 1, time.perf_counter()
+    while True:
+        more = steps < 3 or time.perf_counter() - started < CALIBRATION_SECONDS
+        if not (cluster.tell(more) if cluster else more):
+            break
+        for _ in range(batch):
+            after, statistics = evolution.step(after, tokens)
+            np.asarray(statistics["score"])
+        steps += batch
+        batch = 2 * batch if cluster else 1  # so that few of the seconds go into asking
     step = (time.perf_counter() - started) / steps
     left = float(_minutes(config.minutes)) * 60 - (time.perf_counter() - begun) - evaluation * EVALUATIONS
     planned = min(max(1, int(left / step)), LONGEST_RUN)

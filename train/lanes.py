@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from intlm.engine.engine import usable_cores
 from intlm.errors import InputError, shown
-from tokenizer import Tokenizer
+from tokenizer import ByteTokenizer, Tokenizer
 from train.corpus import numbered
 from train.stream import Stream
 
@@ -32,7 +32,8 @@ def segments_of(lanes: int, segment: int) -> int:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """tokens_LxC1: a view in which lanes overlap by one token; start, end: places in the stream."""
+    """tokens_LxC1: a view in which lanes overlap by one token; start, end: places in the stream; text_bytes: of
+    all lanes, those of other processes too."""
 
     tokens_LxC1: np.ndarray
     start: dict[str, Any]
@@ -50,14 +51,25 @@ class Lanes:
     The next chunk is read, tokenized and packed in a thread while lanes read this one; the result does not
     depend on when. `position` is the complete state: lanes made with it, on a stream at its places, go on
     with exactly the next token.
+
+    One process of several keeps the tokens of its own lanes alone. Of the text between them it has to know how
+    many tokens it makes: of bytes, that is its length.
     """
 
     def __init__(
-        self, stream: Stream, tokenizer: Tokenizer, lanes: int, segment: int, offset: int = 0, column: int = 0
+        self,
+        stream: Stream,
+        tokenizer: Tokenizer,
+        lanes: int,
+        segment: int,
+        offset: int = 0,
+        column: int = 0,
+        own: tuple[int, int] | None = None,
     ):
         """Read from where `stream` stands: `offset` tokens into its fragment, and `column` segments on.
 
-        `InputError` for a count out of range. The stream belongs to the lanes from now on.
+        own: the first lane that is wanted and how many are; None wants all. `InputError` for a count out of
+        range. The stream belongs to the lanes from now on.
         """
         for name, value, least in (
             ("lanes", lanes, 1),
@@ -69,6 +81,10 @@ class Lanes:
                 raise InputError(f"{name}: {shown(value)} (accepted: {least} or more)")
         self._stream, self._tokenizer = stream, tokenizer
         self._lanes, self._segment, self._segments = lanes, segment, segments_of(lanes, segment)
+        self._first, self._count = own or (0, lanes)
+        if not (self._first >= 0 and 1 <= self._count <= lanes - self._first):
+            raise InputError(f"own: {own} (accepted: a first lane and a count within {lanes} lanes)")
+        self._skips = self._count < lanes and isinstance(tokenizer, ByteTokenizer)
         if column >= self._segments:
             raise InputError(f"column: {shown(column)} (accepted: 0 to {self._segments - 1})")
         self._offset, self._column = offset, column
@@ -93,7 +109,13 @@ class Lanes:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of text a token in this chunk, separators counted as tokens; for people to read."""
-        return self._chunk.text_bytes / self._chunk.tokens_LxC1[:, 1:].size if self._chunk else 1.0
+        tokens = self._lanes * self._segments * self._segment
+        return self._chunk.text_bytes / tokens if self._chunk else 1.0
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the next segment is the first of a chunk, which may have to be waited for, and may fail."""
+        return self._chunk is None or self._column == self._segments
 
     def progress(self) -> dict[str, int]:
         """`documents` and `text_bytes` read so far by all lanes together, estimated inside of a chunk."""
@@ -112,19 +134,19 @@ class Lanes:
 
     def wait(self, stop: Callable[[], bool]) -> bool:
         """Wait until the next segment is at hand; False as soon as `stop` says so."""
-        if self._chunk is None or self._column == self._segments:
+        if self.at_boundary:
             self._look_ahead()
             while self._thread is not None and self._thread.is_alive() and not stop():
                 self._thread.join(POLL_SECONDS)
         return not stop()
 
     def next_segment(self) -> np.ndarray:
-        """The next tokens of every lane, int32 [lanes, segment + 1].
+        """The next tokens of every lane that is wanted, int32 [lanes, segment + 1].
 
         Inputs are `[:, :-1]` and targets `[:, 1:]`. What went wrong while the text was read is raised here,
         and `position` still stands where it stood.
         """
-        if self._chunk is None or self._column == self._segments:
+        if self.at_boundary:
             self._take()
         assert self._chunk is not None
         first = self._column * self._segment
@@ -168,6 +190,8 @@ class Lanes:
     def _encode(self) -> np.ndarray:
         """The tokens of the fragment at hand, which are made with those of the same source that come next."""
         source = self._stream.current
+        if self._skips:
+            return self._tokenizer.encode(source.fragment()[0])
         encoded = self._encoded.setdefault(id(source), deque())
         if not encoded:
             encoded += self._tokenizer.encode_batch(source.upcoming(ENCODED_BYTES), usable_cores())
@@ -179,19 +203,25 @@ class Lanes:
         separator = np.array([tokenizer.separator], tokenizer.encode(b"").dtype)
         width = self._segments * self._segment
         count = self._lanes * width
-        tokens = np.empty(count + 1, separator.dtype)
+        # The tokens that are wanted, and one more.
+        low, high = self._first * width, (self._first + self._count) * width + 1
+        tokens = np.empty(high - low, separator.dtype)
         start = {"sources": stream.places(), "offset": self._offset}
-        filled = text_bytes = 0
+        passed = text_bytes = 0
         while True:
             text, opens = stream.fragment()
-            if rest is None:
+            size = opens + len(text) - self._offset if rest is None else len(rest)
+            if rest is None and not (self._skips and (passed + size <= low or passed >= high)):
                 rest = self._encode()
                 rest = (np.concatenate([separator, rest]) if opens else rest)[self._offset :]
-            taken = min(len(rest), count + 1 - filled)
-            tokens[filled : filled + taken] = rest[:taken]
-            filled += taken
-            text_bytes += len(text) * taken // max(1, self._offset + len(rest))
-            if filled > count:
+                size = len(rest)
+            taken = min(size, count + 1 - passed)
+            begin, end = max(passed, low), min(passed + taken, high)
+            if rest is not None and begin < end:
+                tokens[begin - low : end - low] = rest[begin - passed : end - passed]
+            passed += taken
+            text_bytes += len(text) * taken // max(1, self._offset + size)
+            if passed > count:
                 break
             stream.advance()
             self._offset, rest = 0, None
@@ -199,7 +229,7 @@ class Lanes:
                 return None
         # The last token is a target of this chunk and the first input of the next.
         self._offset += taken - 1
-        self._rest = rest[taken - 1 :]
+        self._rest = None if rest is None else rest[taken - 1 :]
         item = tokens.itemsize
-        view = as_strided(tokens, (self._lanes, width + 1), (width * item, item), writeable=False)
+        view = as_strided(tokens, (self._count, width + 1), (width * item, item), writeable=False)
         return _Chunk(view, start, {"sources": stream.places(), "offset": self._offset}, text_bytes)

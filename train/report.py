@@ -66,6 +66,11 @@ class Report:
         self._score = self._steps = self._ties = self._saturated = 0
         self._since = time.perf_counter()
 
+    @property
+    def scores(self) -> dict[int, float]:
+        """Held-out bits per byte by step."""
+        return self.metrics.scores
+
     def say(self, line: str) -> None:
         """A line above the progress line; nothing where there is no terminal."""
         if self.terminal:

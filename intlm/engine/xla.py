@@ -7,6 +7,9 @@ inside one compiled loop, so that what a chunk writes stays in the cache.
 
 On CPUs an int8 matmul is fast only when it contracts the last axis of both operands; `_dot` is the one
 place that writes one.
+
+Where the process has several devices, each evaluates a part of the pairs, and the parts' votes and statistics are
+added between the devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
@@ -38,7 +42,11 @@ CHUNK_BYTES = 4 << 20
 """What a chunk's largest intermediate should take: it has to stay in the cache."""
 
 SLICE_PAIRS = 2048
-"""Pairs evaluated in one compiled call; a larger population takes several, and its memory stays flat."""
+"""Pairs evaluated by a device in one compiled call; a larger population takes several, and its memory stays
+flat."""
+
+AXIS = "population"
+"""The axis of the mesh of devices."""
 
 Tree = dict[str, jax.Array]
 
@@ -292,18 +300,29 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class XlaEngine:
-    """JAX on the default device."""
+    """JAX on all devices of the process."""
 
     name = "xla"
 
-    def __init__(self, model: ModelConfig, config: EggrollConfig, chunk: int = 0):
-        """Check the bounds of the configuration; `chunk` pairs are evaluated at once (0: chosen)."""
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EggrollConfig,
+        chunk: int = 0,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Check the bounds of the configuration; a device evaluates `chunk` pairs at once (0: chosen).
+
+        devices: None takes all of the default platform that belong to this process.
+        """
         check_bounds(model, config)
         self.model, self.config = model, config
         widest = max(8 * model.width, 2 * model.vocabulary)
         self.chunk = chunk or max(4, min(64, CHUNK_BYTES // (config.segment * widest * 4)))
-        self._population = self.compile(self._population_slice)
-        self._scores = self.compile(partial(self._population_slice, votes=False))
+        self.devices = list(jax.local_devices() if devices is None else devices)
+        evaluate = self._population_slice if len(self.devices) == 1 else self._sharded_slice
+        self._population = self.compile(evaluate)
+        self._scores = self.compile(partial(evaluate, votes=False))
         self._forward = self.compile(self._forward_all)
         self._fitness_votes = self.compile(self._fitness_votes_slice)
         self.advance = self.compile(partial(eggroll.advance, config, model))
@@ -337,8 +356,9 @@ class XlaEngine:
         evaluate = self._population if votes else self._scores
         tokens, state = jnp.asarray(tokens_PxT1, jnp.int32), jnp.asarray(state_PxLxD)
         parts = []
-        for start in range(0, tokens.shape[0], SLICE_PAIRS):
-            stop = start + SLICE_PAIRS
+        pairs = SLICE_PAIRS * len(self.devices)
+        for start in range(0, tokens.shape[0], pairs):
+            stop = start + pairs
             first = np.int32(first_pair + start)
             parts.append(evaluate(parameters, key, scales, tokens[start:stop], state[start:stop], first))
             if len(parts) == 2:
@@ -350,7 +370,7 @@ class XlaEngine:
             votes = jax.tree.map(jnp.add, one[0], other[0])
             return votes, eggroll.join(one[1], other[1]), jnp.concatenate([one[2], other[2]])
 
-    def _population_slice(
+    def _sharded_slice(
         self,
         parameters: Tree,
         key: jax.Array,
@@ -360,7 +380,52 @@ class XlaEngine:
         first_pair: jax.Array,
         votes: bool = True,
     ) -> tuple[Votes, Statistics, jax.Array]:
-        """Chunks in a loop, what remains after them, then the votes of all pairs at once."""
+        """`_population_slice` on every device at once, each with as many pairs.
+
+        The last ones get pairs that do not exist, which read token 0 and are counted nowhere.
+        """
+        pairs, devices = tokens_PxT1.shape[0], len(self.devices)
+        each = -(-pairs // devices)
+        missing = each * devices - pairs
+        tokens, state = (
+            jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in (tokens_PxT1, state_PxLxD)
+        )
+
+        def evaluate(parameters: Tree, key: Any, scales: Tree, tokens: Any, state: Any, first: Any) -> Any:
+            own = first + lax.axis_index(AXIS).astype(jnp.int32) * each
+            end = first + pairs if missing else None
+            made, statistics, after = self._population_slice(
+                parameters, key, scales, tokens, state, own, votes, end
+            )
+            fitness = {name: statistics.pop(name) for name in ("fitness",) if name in statistics}
+            return *lax.psum((made, statistics), AXIS), fitness, after
+
+        everywhere, parts = PartitionSpec(), PartitionSpec(AXIS)
+        made, statistics, fitness, after = jax.shard_map(
+            evaluate,
+            mesh=Mesh(np.array(self.devices), (AXIS,)),
+            in_specs=(everywhere, everywhere, everywhere, parts, parts, everywhere),
+            out_specs=(everywhere, everywhere, parts, parts),
+            check_vma=False,
+        )(parameters, key, scales, tokens, state, first_pair)
+        fitness = {name: value[:pairs] for name, value in fitness.items()}
+        return made, statistics | fitness, after[:pairs]
+
+    def _population_slice(
+        self,
+        parameters: Tree,
+        key: jax.Array,
+        scales: Tree,
+        tokens_PxT1: jax.Array,
+        state_PxLxD: jax.Array,
+        first_pair: jax.Array,
+        votes: bool = True,
+        end: jax.Array | None = None,
+    ) -> tuple[Votes, Statistics, jax.Array]:
+        """Chunks in a loop, what remains after them, then the votes of all pairs at once.
+
+        Pairs from number `end` on do not exist: they add nothing to votes and statistics.
+        """
         activation = self.config.estimator == "activation"
         pairs, segment = tokens_PxT1.shape[0], tokens_PxT1.shape[1] - 1
         rows_P = jnp.arange(pairs, dtype=jnp.int32) + first_pair
@@ -377,6 +442,9 @@ class XlaEngine:
         if whole < pairs:
             parts.append(evaluate(*jax.tree.map(lambda x: x[whole:], slices)))
         outcome = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        seen = _seen(self.model, tokens_PxT1)
+        if end is not None:
+            outcome, seen = jax.tree.map(partial(_where, rows_P < end), (outcome, seen))
         scores: Statistics = {
             name: jnp.sum(outcome[name].astype(jnp.int64)) for name in ("score", "difference", "ties")
         }
@@ -387,9 +455,8 @@ class XlaEngine:
         if activation:
             made, statistics = self._activation_votes(parameters, noise, outcome)
         else:
-            made, statistics = self._weight_votes(noise, scores["fitness"], tokens_PxT1)
-        seen = jnp.sum(_seen(self.model, tokens_PxT1).astype(jnp.int64))
-        return made, statistics | scores | {"seen": seen}, outcome["state"]
+            made, statistics = self._weight_votes(noise, scores["fitness"], seen)
+        return made, statistics | scores | {"seen": jnp.sum(seen.astype(jnp.int64))}, outcome["state"]
 
     def _chunk(
         self,
@@ -518,10 +585,9 @@ class XlaEngine:
     # --- estimator `weight` ---------------------------------------------------------------------------
 
     def _weight_votes(
-        self, noise: tuple[Tree, Tree], q: jax.Array, tokens_PxT1: jax.Array
+        self, noise: tuple[Tree, Tree], q: jax.Array, seen_PxV: jax.Array
     ) -> tuple[Votes, Statistics]:
-        seen = _seen(self.model, tokens_PxT1)
-        votes = {name: self._weight_vote(name, noise, q, seen) for name in TRAINED}
+        votes = {name: self._weight_vote(name, noise, q, seen_PxV) for name in TRAINED}
         wide = q.astype(jnp.int64)
         return votes, {
             "square": jnp.sum(wide * wide),
@@ -567,6 +633,11 @@ class XlaEngine:
 def _outer(a_PxM: jax.Array, b_PxK: jax.Array) -> jax.Array:
     """The sum over pairs of A B^T: int32 [M, K]."""
     return _dot(a_PxM.T, b_PxK.T)
+
+
+def _where(exists_P: jax.Array, x: jax.Array) -> jax.Array:
+    """x [P, ...], and 0 where a pair does not exist."""
+    return jnp.where(exists_P.reshape(-1, *([1] * (x.ndim - 1))), x, 0).astype(x.dtype)
 
 
 def _seen(model: ModelConfig, tokens_PxT1: jax.Array) -> jax.Array:
