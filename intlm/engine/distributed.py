@@ -51,7 +51,7 @@ class DistributedEngine:
     def __init__(
         self, engine: Engine, total: Callable[[np.ndarray], np.ndarray], first_pair: int, pairs: int
     ):
-        """total: int32 [n] to its sum over all processes; first_pair: of this process; pairs: of all processes."""
+        """total: int32 [n] to its sum over all processes; first_pair: of this process; pairs: of all of them."""
         self.name = engine.name
         self.engine, self.first_pair, self.pairs = engine, first_pair, pairs
         self.advance, self.forward, self.compile = engine.advance, engine.forward, engine.compile
