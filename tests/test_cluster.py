@@ -297,16 +297,15 @@ def hosts():
 @pytest.mark.long
 def test_two_hosts_with_a_bad_link_between_them(home, long, hosts):
     """Also while the link is down for ten seconds."""
-    where = ["--coordinator", "10.213.7.1:41213", "--processes", "2", "--process"]
+    words = [*LONG, *NATIVE, "--run", "hosts", "--coordinator", "10.213.7.1:41213", "--processes", "2"]
+    pipes = {"cwd": home, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = [
         subprocess.Popen(
-            ["ip", "netns", "exec", host, sys.executable, "-m", "intlm", *LONG, *NATIVE, "--run", "hosts", *where, number],
-            cwd=home,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            ["ip", "netns", "exec", host, sys.executable, "-m", "intlm", *words, "--process", str(number)],
+            **pipes,
         )
-        for host, number in zip(hosts, ("0", "1"), strict=True)
-    ]  # fmt: skip
+        for number, host in enumerate(hosts)
+    ]
     try:
         wait_for(checkpoint_of(home, "hosts", 50).exists, started[0])
         ip("-n", hosts[0], "link", "set", "intlm0", "down")

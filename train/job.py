@@ -131,7 +131,6 @@ class Job:
         path = self.run.checkpoint_path(state.step)
         if self.cluster is not None:
             whole = together.collected(self.cluster, self.config.eggroll, state)
-            self.cluster.watch.saved = str(path)
             if whole is None:
                 return path
             state = whole
@@ -149,6 +148,8 @@ class Job:
             "text": self.digests,
         }
         checkpoint.write(path, Checkpoint(arrays, meta))
+        if self.cluster is not None:
+            self.cluster.watch.saved = str(path)
         self.run.prune(self.request.keep)
         return path
 
@@ -227,6 +228,7 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
     if cluster:
+        cluster.watch.saved = str(latest) if latest else cluster.watch.saved
         cluster.tell({"steps": config.steps, "step": state.step, "position": lanes.position})
         state = together.handed_out(cluster, config.eggroll, state)
     evolution = make_evolution(engine, config, config.steps, cluster)
