@@ -246,6 +246,80 @@ def test_a_process_that_is_held_up_for_a_while_is_waited_for(home, long):
     assert last(home, "pause") == long
 
 
+# --- hosts --------------------------------------------------------------------------------------------------
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts, as network namespaces, and a link between them that takes 20 ms and loses 1% of its packets.
+
+    Their names; the first one's address is 10.213.7.1.
+    """
+    names = [f"intlm-{os.getpid()}-{host}" for host in (1, 2)]
+    made = []
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                made.append(name)
+            ip(
+                "link",
+                "add",
+                "intlm0",
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "intlm0",
+                "netns",
+                names[1],
+            )
+            for number, name in enumerate(names, 1):
+                ip("-n", name, "address", "add", f"10.213.7.{number}/24", "dev", "intlm0")
+                for device in ("lo", "intlm0"):
+                    ip("-n", name, "link", "set", device, "up")
+                disturb = ["tc", "-n", name, "qdisc", "add", "dev", "intlm0", "root", "netem"]
+                subprocess.run([*disturb, "delay", "20ms", "loss", "1%"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces with netem cannot be made here: {error}")
+        yield names
+    finally:
+        for name in made:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.long
+def test_two_hosts_with_a_bad_link_between_them(home, long, hosts):
+    """Also while the link is down for ten seconds."""
+    words = [*LONG, *NATIVE, "--run", "hosts", "--coordinator", "10.213.7.1:41213", "--processes", "2"]
+    pipes = {"cwd": home, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, sys.executable, "-m", "intlm", *words, "--process", str(number)],
+            **pipes,
+        )
+        for number, host in enumerate(hosts)
+    ]
+    try:
+        wait_for(checkpoint_of(home, "hosts", 50).exists, started[0])
+        ip("-n", hosts[0], "link", "set", "intlm0", "down")
+        time.sleep(10)
+        ip("-n", hosts[0], "link", "set", "intlm0", "up")
+        assert not checkpoint_of(home, "hosts", 400).exists()
+        results = ends(started, 400)
+    finally:
+        for process in started:
+            process.kill()
+    assert [(code, err) for code, _, err in results] == [(0, "")] * 2, results
+    assert last(home, "hosts") == long
+
+
 # --- refusal ------------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def test_parts_of_a_population_add_up(engine, estimator):
             return np.sum(spoken[len(calls) - 1], axis=0, dtype=np.int32)
 
         own = slice(first, first + count)
-        found.append(evaluated(DistributedEngine(inner, total, first), config, own))
+        found.append(evaluated(DistributedEngine(inner, total, first, config.pairs), config, own))
     expected = evaluated(make_engine("reference", MODEL, config), config)
     states = [np.concatenate([part[kind][2] for part in found[processes:]]) for kind in range(2)]
     for part in found[processes:]:
@@ -103,7 +103,7 @@ def test_a_run_of_one_process_of_one():
     config = CONFIGS["activation"]
     inner = make_engine("reference", MODEL, config)
     states = []
-    for engine in (inner, DistributedEngine(inner, lambda values: values, 0)):
+    for engine in (inner, DistributedEngine(inner, lambda values: values, 0, config.pairs)):
         evolution, state = Evolution(engine, MODEL, config, 3), start(config)
         for tokens in segments(config):
             state, _ = evolution.step(state, tokens)

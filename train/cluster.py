@@ -459,9 +459,8 @@ class _Watch:
                     self._client.key_value_set(f"{_NEWS}/stop", "1", allow_overwrite=True)
                 if member.process == 0:
                     self._look_at(beats, now)
-                    self._client.key_value_set(f"{_NEWS}/beat", str(count), allow_overwrite=True)
-                    saved = str(self.saved() or "")
-                    self._client.key_value_set(f"{_NEWS}/saved", saved, allow_overwrite=True)
+                    beat = json.dumps([count, str(self.saved() or "")])
+                    self._client.key_value_set(f"{_NEWS}/beat", beat, allow_overwrite=True)
                 news = dict(self._client.key_value_dir_get(_NEWS))
                 self._hear({key.rpartition("/")[2]: value for key, value in news.items()})
             except jax.errors.JaxRuntimeError:
@@ -484,10 +483,10 @@ class _Watch:
         if "end" in news and not self._closed.is_set():
             code, line = json.loads(news["end"])
             self._end(code, line)
-        if self._member.process and news.get("saved"):
-            self.saved = partial(str, news["saved"])
-        if news.get("beat") != self._last:
-            self._last, self._heard = news.get("beat"), time.monotonic()
+        if "beat" in news and news["beat"] != self._last:
+            self._last, self._heard = news["beat"], time.monotonic()
+            if self._member.process:
+                self.saved = partial(str, json.loads(news["beat"])[1])
 
     def _look_at(self, beats: dict[int, tuple[str, float]], now: float) -> None:
         """Process 0: who has not been heard of for too long?"""
