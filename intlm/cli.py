@@ -60,7 +60,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code is 0, 1 (a float found by `audit`), 2 (bad input), 3 (peer lost) or 130."""
+    """Run a command line; the exit code: 0, 1 (`audit` found a float), 2 (bad input), 3 (peer lost) or 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Python's own handler raises, which inside of JAX is lost or ends in a crash. Only training has
