@@ -132,15 +132,20 @@ def _detect(method: str) -> tuple[str, int, int, tuple[int, ...] | None]:
         found = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None if method == "auto" else method, WAIT_SECONDS
         )
+    except KeyError as error:
+        raise _no_cluster(method, f"its launcher sets {error.args[0]}, which is not set") from error
     except Exception as error:
         raise InputError(f"--cluster {method}: {type(error).__name__}: {error}") from error
     coordinator, processes, process, devices = found
     if coordinator is None or processes is None or process is None:
-        raise InputError(
-            f"--cluster {method}: no such cluster here: its launcher's environment variables are not set "
-            "(or give --coordinator, --processes and --process)"
-        )
+        raise _no_cluster(method, "its launcher's environment variables are not set")
     return coordinator, processes, process, None if devices is None else tuple(devices)
+
+
+def _no_cluster(method: str, why: str) -> InputError:
+    return InputError(
+        f"--cluster {method}: no such cluster here: {why} (or give --coordinator, --processes and --process)"
+    )
 
 
 class Cluster:
