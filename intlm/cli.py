@@ -276,7 +276,7 @@ def _add_train(commands: Any, name: str, describe: bool) -> None:
     command.set_defaults(command=_train)
 
 
-CLUSTER_FLAGS = ("coordinator", "processes", "process", "cluster", "wait", "lost_after")
+CLUSTER_FLAGS = ("coordinator", "processes", "process", "cluster", "wait", "lost_after", "exchange")
 
 
 def _add_cluster(add: Any) -> None:
@@ -288,6 +288,9 @@ def _add_cluster(add: Any) -> None:
         help="which one this is, from 0; process 0 alone writes the run")  # fmt: skip
     add("--cluster", metavar="LAUNCHER", default=argparse.SUPPRESS,
         help="take the three from slurm, ompi, k8s, mpi4py, or auto: whichever JAX finds")  # fmt: skip
+    add("--exchange", metavar="WHAT", default=argparse.SUPPRESS,
+        help="what processes send each other: votes; fitness (estimator=weight), from which each makes all votes "
+        "itself; or auto, what takes less time here (default: auto); process 0's counts")  # fmt: skip
     add("--wait", type=_integer("--wait"), metavar="SECONDS", default=argparse.SUPPRESS,
         help="how long processes wait for each other at the start (default: 120)")  # fmt: skip
     add("--lost-after", type=_integer("--lost-after"), metavar="SECONDS", default=argparse.SUPPRESS,

@@ -72,8 +72,10 @@ def test_any_number_of_devices_changes_no_bit():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("estimator", ["activation", "weight"])
-def test_parts_of_a_population_add_up(engine, estimator):
+@pytest.mark.parametrize(
+    ("estimator", "exchange"), [("activation", "votes"), ("weight", "votes"), ("weight", "fitness")]
+)
+def test_parts_of_a_population_add_up(engine, estimator, exchange):
     """Three processes, whose sums are made one after another: the first two calls only say what they have."""
     config, processes = UNEVEN[estimator], 3
     inner = make_engine(engine, MODEL, config)
@@ -90,7 +92,7 @@ def test_parts_of_a_population_add_up(engine, estimator):
             return np.sum(spoken[len(calls) - 1], axis=0, dtype=np.int32)
 
         own = slice(first, first + count)
-        found.append(evaluated(DistributedEngine(inner, total, first, config.pairs), config, own))
+        found.append(evaluated(DistributedEngine(inner, total, first, config.pairs, exchange), config, own))
     expected = evaluated(make_engine("reference", MODEL, config), config)
     states = [np.concatenate([part[kind][2] for part in found[processes:]]) for kind in range(2)]
     for part in found[processes:]:

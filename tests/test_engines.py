@@ -131,6 +131,8 @@ def test_fitness_and_noise_give_the_votes_again(case, seed, corruption, first_pa
         expected = {name: value for name, value in votes.items() if name != "embedding"}
         found = engine.fitness_votes(arguments[1], statistics["fitness"], first_pair)
         assert_same(expected, found, f"{case}, {engine.name}")
+        embedding = engine.embedding_votes(arguments[1], statistics["fitness"], arguments[3], first_pair)
+        assert_same(votes["embedding"], embedding, f"{case}, {engine.name}")
 
 
 @cases

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from intlm.engine.distributed import MOST_PROCESSES
+from intlm.engine.distributed import EXCHANGES, MOST_PROCESSES
 from intlm.errors import InputError, unknown
 from train.lanes import Lanes
 from train.stop import PATIENCE, STOPS, GroupStop
@@ -70,6 +70,7 @@ class Membership:
     wait: int = WAIT_SECONDS
     lost_after: int = LOST_SECONDS
     devices: tuple[int, ...] | None = None
+    exchange: str = "auto"
 
 
 def membership(
@@ -79,6 +80,7 @@ def membership(
     cluster: str | None,
     wait: int | None,
     lost_after: int | None,
+    exchange: str | None,
 ) -> Membership | None:
     """What the flags of a command line come to; None where a process is to train alone. Raises InputError."""
     flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
@@ -86,6 +88,8 @@ def membership(
     for flag, seconds, least in (("--wait", wait, 1), ("--lost-after", lost_after, LEAST_LOST_SECONDS)):
         if seconds is not None and not least <= seconds <= LONGEST_SECONDS:
             raise InputError(f"{flag} {seconds}: must be from {least} to {LONGEST_SECONDS} seconds")
+    if exchange is not None and exchange not in ("auto", *EXCHANGES):
+        raise unknown("--exchange", exchange, ("auto", *EXCHANGES))
     devices = None
     if cluster is not None:
         if given:
@@ -107,7 +111,13 @@ def membership(
     if processes == 1:
         return None
     return Membership(
-        coordinator, processes, process, wait or WAIT_SECONDS, lost_after or LOST_SECONDS, devices
+        coordinator,
+        processes,
+        process,
+        wait or WAIT_SECONDS,
+        lost_after or LOST_SECONDS,
+        devices,
+        exchange or "auto",
     )
 
 
@@ -156,7 +166,7 @@ class Cluster:
 
     def __init__(self, member: Membership, stop: GroupStop):
         self.process, self.processes = member.process, member.processes
-        self.stop = stop
+        self.stop, self.exchange = stop, member.exchange
         self._member = member
         self._connect()
         self.watch = _Watch(member, self._client, stop)

@@ -399,7 +399,10 @@ def make_evolution(engine: Engine, config: RunConfig, steps: int, cluster: Clust
     """Steps of a run of `steps`; of several processes, this one's part of them."""
     if cluster is not None:
         first = together.own_pairs(cluster, config.eggroll).start
-        engine = DistributedEngine(engine, cluster.total, first, config.eggroll.pairs)
+        pairs, exchange = config.eggroll.pairs, cluster.exchange
+        engine = DistributedEngine(engine, cluster.total, first, pairs, exchange)
+        cluster.exchange = together.settled_exchange(cluster, engine, config)
+        engine.exchange = cluster.exchange
     return Evolution(engine, config.model, config.eggroll, steps)
 
 

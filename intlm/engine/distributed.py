@@ -9,10 +9,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from intlm.config import FITNESS_UNIT
 from intlm.eggroll import Scales, Statistics, Votes
 from intlm.engine.engine import Engine
 from intlm.fixedpoint import Array
 from intlm.model import Parameters
+
+EXCHANGES = ("votes", "fitness")
+"""What processes add up: the votes of all parameters; or, under the estimator `weight`, those of the embedding and
+the fitness of each pair, from which every process makes all other votes itself."""
 
 LIMB_BITS = 16
 LIMBS = 4
@@ -49,13 +54,21 @@ class DistributedEngine:
     """
 
     def __init__(
-        self, engine: Engine, total: Callable[[np.ndarray], np.ndarray], first_pair: int, pairs: int
+        self,
+        engine: Engine,
+        total: Callable[[np.ndarray], np.ndarray],
+        first_pair: int,
+        pairs: int,
+        exchange: str = "votes",
     ):
-        """total: int32 [n] to its sum over all processes; first_pair: of this process; pairs: of all of them."""
+        """total: int32 [n] to its sum over all processes; first_pair: of this process; pairs: of all of them.
+
+        exchange: what is summed over the processes, one of `EXCHANGES`; it changes no bit.
+        """
         self.name = engine.name
-        self.engine, self.first_pair, self.pairs = engine, first_pair, pairs
+        self.engine, self.first_pair, self.pairs, self.exchange = engine, first_pair, pairs, exchange
         self.advance, self.forward, self.compile = engine.advance, engine.forward, engine.compile
-        self.fitness_votes = engine.fitness_votes
+        self.fitness_votes, self.embedding_votes = engine.fitness_votes, engine.embedding_votes
         self._total = total
 
     def population_step(
@@ -69,30 +82,52 @@ class DistributedEngine:
         votes: bool = True,
     ) -> tuple[Votes, Statistics, Array]:
         """See `Engine.population_step`; `first_pair` counts from this process's first one."""
+        begin = self.first_pair + first_pair
+        by_fitness = votes and self.exchange == "fitness"
         made, statistics, after = self.engine.population_step(
-            parameters, key, scales, tokens_PxT1, state_PxLxD, self.first_pair + first_pair, votes
+            parameters, key, scales, tokens_PxT1, state_PxLxD, begin, votes and not by_fitness
         )
+        if by_fitness:
+            own = statistics["fitness"]
+            made = {"embedding": self.engine.embedding_votes(key, own, tokens_PxT1, begin)}
+            statistics |= fitness_statistics(np.asarray(own), np.asarray(tokens_PxT1))
+        made, statistics = self._sum(made, statistics, begin)
+        if by_fitness:
+            made = self.engine.fitness_votes(key, statistics["fitness"]) | made
+        return made, statistics, after
+
+    def _sum(self, made: Votes, statistics: Statistics, begin: int) -> tuple[Votes, Statistics]:
+        """Votes and statistics of all processes, in one sum; `begin`: the first pair of these."""
         names = sorted(made)
         parts = [np.asarray(made[name]) for name in names]
-        fitness = statistics.pop("fitness", None)
+        fitness = statistics.get("fitness")
         if fitness is not None:
             # A sum in which each process has the places of its own pairs.
             places = np.zeros(self.pairs, np.int32)
-            begin = self.first_pair + first_pair
             places[begin : begin + len(fitness)] = fitness
             parts.append(places)
-        sums = {name: np.asarray(statistics[name], np.int64) for name in sorted(statistics)}
+        sums = {
+            name: np.asarray(statistics[name], np.int64) for name in sorted(statistics) if name != "fitness"
+        }
         limbs = to_limbs(np.concatenate([value.reshape(-1) for value in sums.values()]))
         summed = self._total(np.concatenate([*(part.reshape(-1) for part in parts), limbs]))
         added = _split(summed[: -limbs.size], [part.shape for part in parts])
-        totals = dict(
-            zip(
-                sums, _split(from_limbs(summed[-limbs.size :]), [v.shape for v in sums.values()]), strict=True
-            )
-        )
+        shapes = [value.shape for value in sums.values()]
+        totals = dict(zip(sums, _split(from_limbs(summed[-limbs.size :]), shapes), strict=True))
         if fitness is not None:
             totals["fitness"] = added.pop().astype(np.int8)
-        return dict(zip(names, added, strict=True)), totals, after
+        return dict(zip(names, added, strict=True)), totals
+
+
+def fitness_statistics(fitness_P: np.ndarray, tokens_PxT1: np.ndarray) -> Statistics:
+    """What a step's statistics have beside those of scores, under the estimator `weight`."""
+    wide = fitness_P.astype(np.int64)
+    inputs = np.sort(tokens_PxT1[:, :-1], axis=1)
+    return {
+        "square": np.sum(wide * wide),
+        "saturated": np.sum(np.abs(wide) == 3 * FITNESS_UNIT, dtype=np.int64),
+        "seen": np.int64(len(inputs)) + np.sum(np.diff(inputs, axis=1) != 0, dtype=np.int64),
+    }
 
 
 def _split(joined: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:

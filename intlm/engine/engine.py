@@ -42,6 +42,10 @@ class Engine(Protocol):
         """
         ...
 
+    def embedding_votes(self, key: Array, fitness_P: Array, tokens_PxT1: Array, first_pair: int = 0) -> Array:
+        """The embedding's votes from the pairs' fitness and what they read (estimator `weight`): int32 [V, D]."""
+        ...
+
     def fitness_votes(self, key: Array, fitness_P: Array, first_pair: int = 0) -> Votes:
         """The votes of all parameters but the embedding, from the pairs' fitness alone (estimator `weight`).
 

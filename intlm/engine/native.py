@@ -343,13 +343,19 @@ class NativeEngine:
 
     def fitness_votes(self, key: Any, fitness_P: Any, first_pair: int = 0) -> Votes:
         """See `Engine.fitness_votes`; XLA's, which is loaded for it."""
+        made = self._by_xla().fitness_votes(key, fitness_P, first_pair)
+        return {name: np.asarray(value) for name, value in made.items()}
+
+    def embedding_votes(self, key: Any, fitness_P: Any, tokens_PxT1: Any, first_pair: int = 0) -> np.ndarray:
+        """See `Engine.embedding_votes`; XLA's as well."""
+        return np.asarray(self._by_xla().embedding_votes(key, fitness_P, tokens_PxT1, first_pair))
+
+    def _by_xla(self) -> Any:
         from intlm.engine.xla import XlaEngine
 
         if self._xla is None:
             self._xla = XlaEngine(self.model, self.config)
-        return {
-            name: np.asarray(v) for name, v in self._xla.fitness_votes(key, fitness_P, first_pair).items()
-        }
+        return self._xla
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""

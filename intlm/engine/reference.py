@@ -128,6 +128,15 @@ class ReferenceEngine:
             return {}, eggroll.of_scores(statistics), state
         return total, statistics, state
 
+    def embedding_votes(
+        self, key: np.ndarray, fitness_P: np.ndarray, tokens_PxT1: np.ndarray, first_pair: int = 0
+    ) -> np.ndarray:
+        """See `Engine.embedding_votes`."""
+        noise = _weight_noise(self.model, self.config, key, np.arange(len(fitness_P)) + first_pair)
+        return _weight_votes(self.model, self.config, fitness_P, *noise, _seen(self.model, tokens_PxT1))[
+            "embedding"
+        ]
+
     def fitness_votes(self, key: np.ndarray, fitness_P: np.ndarray, first_pair: int = 0) -> Votes:
         """See `Engine.fitness_votes`."""
         rows = np.arange(len(fitness_P)) + first_pair
@@ -195,7 +204,7 @@ def _weight_slice(
     rows_N: np.ndarray,
 ) -> tuple[Votes, Statistics, np.ndarray]:
     """EGGROLL as published: every pair has its own low-rank perturbation of every parameter."""
-    pairs, rank = len(rows_N), config.rank
+    rank = config.rank
     vectors, outputs, inputs = _weight_noise(model, config, key, rows_N)
 
     def perturb(name: str, layer: int, x: np.ndarray) -> np.ndarray:
@@ -216,9 +225,7 @@ def _weight_slice(
     difference = np.asarray(np.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=np.int32))
     q = eggroll.fitness(config, difference, scales["difference"])
 
-    seen = np.zeros((pairs, model.vocabulary), np.int32)
-    for t in range(tokens_NxT1.shape[1] - 1):
-        seen[np.arange(pairs), tokens_NxT1[:, t]] = 1
+    seen = _seen(model, tokens_NxT1)
     votes = _weight_votes(model, config, q, vectors, outputs, inputs, seen)
     statistics = _score_statistics(scores, difference) | {
         "square": np.sum(q.astype(np.int64) ** 2),
@@ -227,6 +234,15 @@ def _weight_slice(
         "fitness": q,
     }
     return votes, statistics, state
+
+
+def _seen(model: ModelConfig, tokens_NxT1: np.ndarray) -> np.ndarray:
+    """1 where a pair's inputs contain a token: int32 [N, V]."""
+    pairs = len(tokens_NxT1)
+    seen = np.zeros((pairs, model.vocabulary), np.int32)
+    for t in range(tokens_NxT1.shape[1] - 1):
+        seen[np.arange(pairs), tokens_NxT1[:, t]] = 1
+    return seen
 
 
 WeightNoise = tuple[

@@ -325,6 +325,7 @@ class XlaEngine:
         self._scores = self.compile(partial(evaluate, votes=False))
         self._forward = self.compile(self._forward_all)
         self._fitness_votes = self.compile(self._fitness_votes_slice)
+        self._embedding_votes = self.compile(self._embedding_votes_slice)
         self.advance = self.compile(partial(eggroll.advance, config, model))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -622,6 +623,24 @@ class XlaEngine:
             total = part if total is None else {name: total[name] + part[name] for name in total}
         assert total is not None
         return total
+
+    def embedding_votes(self, key: Any, fitness_P: Any, tokens_PxT1: Any, first_pair: int = 0) -> Any:
+        """See `Engine.embedding_votes`."""
+        total: Any = 0
+        for start in range(0, len(fitness_P), SLICE_PAIRS):
+            rows = np.s_[start : start + SLICE_PAIRS]
+            part = self._embedding_votes(
+                key, fitness_P[rows], tokens_PxT1[rows], np.int32(first_pair + start)
+            )
+            total = part if start == 0 else total + part
+        return total
+
+    def _embedding_votes_slice(
+        self, key: jax.Array, fitness_P: jax.Array, tokens_PxT1: jax.Array, first_pair: jax.Array
+    ) -> jax.Array:
+        rows_P = jnp.arange(fitness_P.shape[0], dtype=jnp.int32) + first_pair
+        noise = _Weight(self.config, self.model).noise(jnp.asarray(key), rows_P, 0)
+        return self._weight_vote("embedding", noise, fitness_P, _seen(self.model, tokens_PxT1))
 
     def _fitness_votes_slice(self, key: jax.Array, fitness_P: jax.Array, first_pair: jax.Array) -> Votes:
         rows_P = jnp.arange(fitness_P.shape[0], dtype=jnp.int32) + first_pair
