@@ -129,10 +129,15 @@ def test_estimators_and_shared_lanes(home, settings):
     assert last(home, f"three-{name}") == last(home, f"one-{name}")
 
 
-def test_engines_and_devices_of_any_kind_train_together(home, whole, monkeypatch):
-    """One process evaluates on XLA, on two devices, the other in its own way."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    trained(home, SHORT, 2, "--run", "mixed", each=[XLA, NATIVE])
+def test_engines_and_devices_of_any_kind_train_together(home, whole):
+    """One process evaluates on XLA, on two devices, the other on one and in its own way."""
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--run", "mixed", "--process"]
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = [
+        start(home, [*SHORT, *XLA, *where, "0"], env=os.environ | devices),
+        start(home, [*SHORT, *NATIVE, *where, "1"]),
+    ]
+    assert [code for code, _, _ in ends(started)] == [0, 0]
     assert last(home, "mixed") == whole
 
 
