@@ -121,7 +121,9 @@ def test_processes_change_no_bit(home, whole, processes):
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("settings", [WEIGHT, SHARED, [*SHARED, "--set", "estimator=weight"]])
+@pytest.mark.parametrize(
+    "settings", [WEIGHT, pytest.param(SHARED, marks=pytest.mark.long), [*SHARED, "--set", "estimator=weight"]]
+)
 def test_estimators_and_shared_lanes(home, settings):
     name = "-".join(word.split("=")[-1] for word in settings if "=" in word)
     run(home, *SHORT, *settings, *NATIVE, "--run", f"one-{name}")
@@ -153,6 +155,7 @@ def test_a_run_goes_on_in_any_other_layout(home, whole):
         assert last(home, "elastic") == whole
 
 
+@pytest.mark.long
 def test_minutes_are_measured_by_the_first_process(home):
     words = [*TRAIN, *NATIVE, "--minutes", "0.05"]
     trained(home, words, 2, "--run", "minutes")
@@ -183,7 +186,9 @@ def checkpoint_of(home, name, step):
     return home / f"runs/{name}/checkpoints/step-{step:08d}.safetensors"
 
 
-@pytest.mark.parametrize(("process", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("process", "number"), [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_signal_to_any_process_stops_all(home, long, process, number):
     name = f"stopped{process}"
     started = launch(home, LONG, 2, *NATIVE, "--run", name)
@@ -374,7 +379,7 @@ def test_another_version_is_refused(home):
     assert not (home / "runs/refused").exists()
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_what_is_wrong_in_one_process_ends_all(home, tmp_path, process):
     where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
     homes = [home, home]
