@@ -132,6 +132,8 @@ def _detect(method: str) -> tuple[str, int, int, tuple[int, ...] | None]:
         found = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None if method == "auto" else method, WAIT_SECONDS
         )
+    except KeyError:
+        found = None, None, None, None  # a variable of its environment
     except Exception as error:
         raise InputError(f"--cluster {method}: {type(error).__name__}: {error}") from error
     coordinator, processes, process, devices = found
