@@ -121,7 +121,9 @@ def test_processes_change_no_bit(home, whole, processes):
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("settings", [WEIGHT, SHARED, [*SHARED, "--set", "estimator=weight"]])
+@pytest.mark.parametrize(
+    "settings", [WEIGHT, pytest.param(SHARED, marks=pytest.mark.long), [*SHARED, "--set", "estimator=weight"]]
+)
 def test_estimators_and_shared_lanes(home, settings):
     name = "-".join(word.split("=")[-1] for word in settings if "=" in word)
     run(home, *SHORT, *settings, *NATIVE, "--run", f"one-{name}")
@@ -129,10 +131,24 @@ def test_estimators_and_shared_lanes(home, settings):
     assert last(home, f"three-{name}") == last(home, f"one-{name}")
 
 
-def test_engines_and_devices_of_any_kind_train_together(home, whole, monkeypatch):
-    """One process evaluates on XLA, on two devices, the other in its own way."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    trained(home, SHORT, 2, "--run", "mixed", each=[XLA, NATIVE])
+def test_fitness_in_place_of_votes(home):
+    """The processes make the others' votes themselves; the log of the run has the fitness of all pairs."""
+    run(home, *SHORT, *WEIGHT, *NATIVE, "--run", "one-votes")
+    trained(home, SHORT, 2, *WEIGHT, *NATIVE, "--run", "two-fitness", "--exchange", "fitness")
+    assert last(home, "two-fitness") == last(home, "one-votes")
+    for name in ("one-votes", "two-fitness"):
+        run(home, "verify", name)
+
+
+def test_engines_and_devices_of_any_kind_train_together(home, whole):
+    """One process evaluates on XLA, on two devices, the other on one and in its own way."""
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--run", "mixed", "--process"]
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = [
+        start(home, [*SHORT, *XLA, *where, "0"], env=os.environ | devices),
+        start(home, [*SHORT, *NATIVE, *where, "1"]),
+    ]
+    assert [code for code, _, _ in ends(started)] == [0, 0]
     assert last(home, "mixed") == whole
 
 
@@ -148,6 +164,7 @@ def test_a_run_goes_on_in_any_other_layout(home, whole):
         assert last(home, "elastic") == whole
 
 
+@pytest.mark.long
 def test_minutes_are_measured_by_the_first_process(home):
     words = [*TRAIN, *NATIVE, "--minutes", "0.05"]
     trained(home, words, 2, "--run", "minutes")
@@ -178,7 +195,9 @@ def checkpoint_of(home, name, step):
     return home / f"runs/{name}/checkpoints/step-{step:08d}.safetensors"
 
 
-@pytest.mark.parametrize(("process", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("process", "number"), [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_signal_to_any_process_stops_all(home, long, process, number):
     name = f"stopped{process}"
     started = launch(home, LONG, 2, *NATIVE, "--run", name)
@@ -369,7 +388,7 @@ def test_another_version_is_refused(home):
     assert not (home / "runs/refused").exists()
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_what_is_wrong_in_one_process_ends_all(home, tmp_path, process):
     where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
     homes = [home, home]

@@ -236,16 +236,22 @@ class Cluster:
 
     def _gathered(self, array: np.ndarray) -> np.ndarray:
         """[processes, ...]"""
-        from jax.experimental.multihost_utils import process_allgather
-
         with self.watch.collective():
-            return np.asarray(process_allgather(array))
+            return np.asarray(self._all(self._spread(array)).addressable_data(0))
 
     def _handed_out(self, array: np.ndarray) -> np.ndarray:
-        from jax.experimental.multihost_utils import broadcast_one_to_all
-
+        """uint8 [n] or int32 [n] of process 0."""
         with self.watch.collective():
-            return np.asarray(broadcast_one_to_all(array))
+            mine = array if self.process == 0 else np.zeros_like(array)
+            return np.asarray(self._first(self._spread(mine)).addressable_data(0))
+
+    def _spread(self, array: np.ndarray) -> Any:
+        """[processes, ...], of which each process has its own row."""
+        import jax
+
+        part = jax.device_put(array, self._device)[None]
+        shape = (self.processes, *array.shape)
+        return jax.make_array_from_single_device_arrays(shape, self._sharding, [part])
 
     # --- beginning and end ----------------------------------------------------------------------------------
 
@@ -355,6 +361,17 @@ class Cluster:
             return both[:-2], both[-2:]
 
         everywhere = PartitionSpec()
+
+        def over_processes(function: Any) -> Any:
+            return jax.jit(
+                jax.shard_map(
+                    function, mesh=mesh, in_specs=PartitionSpec(_AXIS), out_specs=everywhere, check_vma=False
+                )
+            )
+
+        self._all = over_processes(lambda x: lax.all_gather(x[0], _AXIS))
+        # All but the first have zeros.
+        self._first = over_processes(lambda x: lax.psum(x[0], _AXIS))
         self._sum = jax.jit(
             jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(_AXIS), out_specs=(everywhere, everywhere))
         )
@@ -431,7 +448,10 @@ class _Watch:
 
         try:
             yield
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            # A call that waits for its result raises ValueError for the same: "UNKNOWN: Gloo ...".
+            if isinstance(error, ValueError) and not re.match(r"[A-Z_]+: ", str(error)):
+                raise
             self._broken = " ".join(str(error).split())[:200]
             while True:
                 time.sleep(1)
