@@ -441,6 +441,7 @@ ALL = {"--coordinator": "localhost:1234", "--processes": "2", "--process": "0"}
         (ALL | {"--lost-after": "1"}, ["--lost-after 1", "from 5"]),
         (ALL | {"--wait": "0"}, ["--wait 0"]),
         (ALL | {"--cluster": "slurm"}, ["--cluster and --coordinator"]),
+        (ALL | {"--exchange": "vote"}, ["--exchange", "did you mean 'votes'"]),
         ({"--cluster": "slurn"}, ["--cluster", "did you mean 'slurm'"]),
         ({"--cluster": "slurm"}, ["--cluster slurm: no such cluster here"]),
         ({"--cluster": "auto"}, ["--cluster auto: no such cluster here"]),

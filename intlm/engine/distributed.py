@@ -16,8 +16,8 @@ from intlm.fixedpoint import Array
 from intlm.model import Parameters
 
 EXCHANGES = ("votes", "fitness")
-"""What processes add up: the votes of all parameters; or, under the estimator `weight`, those of the embedding and
-the fitness of each pair, from which every process makes all other votes itself."""
+"""What processes add up: the votes of all parameters; or, under the estimator `weight`, those of the embedding
+and the fitness of each pair, from which every process makes all other votes itself."""
 
 LIMB_BITS = 16
 LIMBS = 4
