@@ -599,6 +599,8 @@ def _train(parsed: argparse.Namespace) -> int:
             f"{config.eggroll.population:,}, segments of {config.eggroll.segment} tokens, engine "
             f"{job.engine.name}; {job.text}"
         )
+        if cluster and cluster.note:
+            say(cluster.note)
         for note in job.notes:
             print(f"intlm: {note}", file=sys.stderr)
         if parsed.engine == "auto" and job.engine.name != "native":

@@ -167,6 +167,7 @@ class Cluster:
     def __init__(self, member: Membership, stop: GroupStop):
         self.process, self.processes = member.process, member.processes
         self.stop, self.exchange = stop, member.exchange
+        self.note = ""
         self._member = member
         self._connect()
         self.watch = _Watch(member, self._client, stop)
