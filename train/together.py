@@ -120,8 +120,8 @@ def settled_exchange(cluster: Cluster, engine: DistributedEngine, config: RunCon
     chosen = str(cluster.tell(EXCHANGES[seconds.index(min(seconds))]))
     by_votes, by_fitness = (1e3 * each / EXCHANGE_TRIALS for each in seconds)
     cluster.note = (
-        f"processes exchange {chosen}: a sum of votes takes {by_votes:.1f} ms here; one of fitness, with the votes "
-        f"made of it, {by_fitness:.1f} ms"
+        f"processes exchange {chosen}: a sum of votes takes {by_votes:.1f} ms here; one of fitness, "
+        f"with the votes made of it, {by_fitness:.1f} ms"
     )
     return chosen
 
