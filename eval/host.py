@@ -24,7 +24,7 @@ WARM_STEPS = 5
 
 @dataclass(frozen=True)
 class HostCost:
-    """Milliseconds of a mean step of `intlm train`, with metrics and TensorBoard on, between its evaluations.
+    """Milliseconds of a mean step of `intlm train`, with metrics, TensorBoard and history, between evaluations.
 
     evaluation: inside of the engine; update: its arithmetic, timed alone, on arrays that XLA need not convert;
     host: the rest (text, keys and schedules, conversions and calls, metrics, logging), `host_share` of the step.
@@ -101,7 +101,7 @@ def measure_host(preset: str, settings: tuple[str, ...], case: Case, seconds: fl
         job.config = dataclasses.replace(job.config, steps=steps)
         timed = _Timed(job.engine)
         job.evolution.engine, job.state = cast(Engine, timed), state
-        with _TrainingReport(job, quiet=True) as report:
+        with _TrainingReport(job, quiet=True) as report, job.recording():
             train(job, report, StopSignal())
     calls = timed.calls[WARM_STEPS:]
     count = len(calls) - 1

@@ -588,9 +588,11 @@ def _train(parsed: argparse.Namespace) -> int:
         cluster = leaving.enter_context(together(member, stop))
         if cluster and cluster.process:
             return DONE if follow(request, stop, cluster) else INTERRUPTED
-        check_lock = leaving.enter_context(claimed(request))
+        lock = leaving.enter_context(claimed(request))
+        if cluster:
+            cluster.watch.leaving = lock.release
         job = prepare(request, say, cluster)
-        job.before_checkpoint.append(check_lock)
+        job.before_checkpoint.append(lock.check)
         config = job.config
         _tell_loss(job.tokenizer)
         verb = "resuming" if job.resumed else "training"

@@ -383,6 +383,7 @@ class Recorder:
         self._followed = [name for name in TRAINED if not Track.keeps_masters(config, name)]
         self._queue: queue.Queue[Any] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         self._sealed = threading.Event()
         self._sealed.set()
         self._file: BinaryIO | None = None
@@ -406,12 +407,12 @@ class Recorder:
 
         The arrays must not change afterwards. Waits where the thread is `WAITING` steps behind.
         """
-        self._queue.put(_Step(step, masters, parameters, fitness))
+        self._put(_Step(step, masters, parameters, fitness))
 
     def seal(self) -> None:
         """Have the log put on disk as far as it was appended, for a checkpoint that is going to be written."""
         self._sealed = threading.Event()
-        self._queue.put(self._sealed)
+        self._put(self._sealed)
 
     def sync(self) -> None:
         """Wait until the log is on disk that was sealed. Called before the checkpoint becomes visible."""
@@ -423,6 +424,13 @@ class Recorder:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
+
+    def _put(self, item: Any) -> None:
+        if self._thread is None:
+            raise RuntimeError("the recorder has not been started")
+        if self._error is not None:
+            raise self._error
+        self._queue.put(item)
 
     # The thread's part, one step after the other.
 
@@ -438,6 +446,9 @@ class Recorder:
                     self._finish(last)
             except (OSError, InputError) as error:
                 self._stop(error)
+            except BaseException as error:
+                self._error = error  # a bug, which belongs to the thread that trains
+                self._file = None
             finally:
                 if isinstance(item, threading.Event):
                     item.set()

@@ -624,6 +624,7 @@ def test_check_finds_what_is_damaged(copy: Path, capsys: pytest.CaptureFixture[s
     whole = check(0)
     assert {status for status, _ in whole.values()} == {"ok"}
     assert set(whole) == {"config.json", "tokenizer.json", "data.json", "baselines.json", "metrics.jsonl", last,
+                          "history/step-00000000.history",
                           "checkpoints/step-00000001.safetensors"}  # fmt: skip
     content = metrics.read_bytes()
     metrics.write_bytes(content + b'{"step": 2, "tra')

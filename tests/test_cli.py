@@ -95,6 +95,7 @@ def test_a_run_on_disk(home: Path) -> None:
         "checkpoints",
         "config.json",
         "data.json",
+        "history",
         "metrics.jsonl",
         "tensorboard",
         "tokenizer.json",

@@ -149,14 +149,14 @@ def test_a_lock_removed_while_it_was_waited_for(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lock_that_was_removed_and_taken_by_another(tmp_path: Path, system: bool) -> None:
-    with locked(tmp_path) as check:
-        check()
+    with locked(tmp_path) as lock:
+        lock.check()
         (tmp_path / "lock").unlink()
-        check()  # nobody else has it
+        lock.check()  # nobody else has it
         with locked(tmp_path) as other:
-            other()
+            other.check()
             with pytest.raises(OSError, match="has become another process's"):
-                check()
+                lock.check()
             with pytest.raises(InputError, match="another process is training"), locked(tmp_path):
                 pass
     assert list(tmp_path.iterdir()) == []

@@ -423,6 +423,7 @@ class _Watch:
         self.own_name = f"process {member.process} ({socket.gethostname()}, pid {os.getpid()})"
         self.names: dict[int, str] = {}
         self.saved: Callable[[], object] = lambda: None
+        self.leaving: Callable[[], object] = lambda: None
         self._member, self._client, self._stop = member, client, stop
         self._broken: str | None = None
         self._broken_since: float | None = None
@@ -568,6 +569,8 @@ class _Watch:
                 return
             self._closed.set()
             print("\n" * sys.stderr.isatty() + "intlm:", " ".join(line.splitlines()), file=sys.stderr)
+            with contextlib.suppress(OSError):
+                self.leaving()
             if self._member.process == 0:
                 time.sleep(FAREWELL_SECONDS)
             _leave(code)

@@ -32,7 +32,7 @@ from train.cluster import Cluster
 from train.config import RunConfig, TextConfig, format_data, parse_data, resolve_config
 from train.corpus import SourceUnavailable
 from train.lanes import Lanes
-from train.lock import LOCK, is_ours, locked
+from train.lock import LOCK, Lock, is_ours, locked
 from train.run import CHECKOUTS, DATA, RUNS, Run, differences, encode_fingerprints, read_newest
 from train.text import Text, evaluated, load_text
 from train.trouble import Warn, warn_plainly
@@ -205,14 +205,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def claimed(request: Request) -> Iterator[Callable[[], None]]:
+def claimed(request: Request) -> Iterator[Lock]:
     """Hold the lock of the run that `request` names, from before anything is read or written; see `locked`.
 
     Raises InputError where another process trains it, or where the directory is neither a run nor to become one.
     """
     _existing_run(request.directory)
-    with locked(request.directory) as check:
-        yield check
+    with locked(request.directory) as lock:
+        yield lock
 
 
 def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +25,55 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 """What `flock` fails with where there are none."""
 
 
+class Lock:
+    """A lock that is held. `made`: the directories that were made for it, the innermost first."""
+
+    def __init__(self, directory: Path, descriptor: int, made: list[Path]):
+        self._directory, self._descriptor, self._made = directory, descriptor, made
+
+    def check(self) -> None:
+        """Raise `OSError` where another process has got the lock after all: where the directory, or the file in
+        it, was removed in between."""
+        path = self._directory / LOCK
+        if path.exists() and not _is_at(self._descriptor, path):
+            raise OSError(errno.ESTALE, "the directory has become another process's")
+
+    def release(self) -> None:
+        """Remove the lock, and the directories that were made for it alone. A second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        # Still held: whoever opened the file before this sees that it is not the one in the directory.
+        with contextlib.suppress(OSError):
+            if _is_at(descriptor, self._directory / LOCK):
+                (self._directory / LOCK).unlink()
+        os.close(descriptor)
+        _remove(self._made)
+
+
 @contextlib.contextmanager
-def locked(directory: Path, warn: Warn = warn_plainly) -> Iterator[Callable[[], None]]:
+def locked(directory: Path, warn: Warn = warn_plainly) -> Iterator[Lock]:
     """Keep other processes from training the run in `directory`, which is made if need be.
 
-    Raises `InputError` where one does, or where the directory cannot be made or written. The lock is removed in
-    the end, and so are directories that were made for it alone. What is yielded raises `OSError` where another
-    process has got the lock after all: where the directory, or this file, was removed in between.
+    Raises `InputError` where one does, or where the directory cannot be made or written. The lock is released in
+    the end.
     """
     made = _make(directory)
     try:
-        descriptor = _take(directory, warn)
-
-        def check() -> None:
-            if (directory / LOCK).exists() and not _is_at(descriptor, directory / LOCK):
-                raise OSError(errno.ESTALE, "the directory has become another process's")
-
-        try:
-            yield check
-        finally:
-            # Still held: whoever opened the file before this sees that it is not the one in the directory.
-            with contextlib.suppress(OSError):
-                if _is_at(descriptor, directory / LOCK):
-                    (directory / LOCK).unlink()
-            os.close(descriptor)
+        lock = Lock(directory, _take(directory, warn), made)
+    except BaseException:
+        _remove(made)
+        raise
+    try:
+        yield lock
     finally:
-        with contextlib.suppress(OSError):  # not empty: it has become a run
-            for path in made:
-                path.rmdir()
+        lock.release()
+
+
+def _remove(directories: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # not empty: it has become a run
+        for path in directories:
+            path.rmdir()
 
 
 def is_ours(path: Path) -> bool:
