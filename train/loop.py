@@ -49,6 +49,7 @@ def train(job: Job, report: Report | Silent, stop: StopSignal) -> EvolutionState
                 save()
                 raise
             state, statistics = job.evolution.step(state, tokens)
+            report.taken()
             job.record(state, statistics)
             if pending:
                 report.step(job, *pending)

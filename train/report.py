@@ -49,7 +49,9 @@ class Report:
         )
         self.held_out: float | None = None
         self.watch = Watch(job.config.eggroll, job.config.model, job.config.steps)
-        self._evaluations = 0
+        self._evaluations = self._taken = 0
+        self._rate = 0.0
+        self._since = self._at = time.perf_counter()
         self._clear()
 
     def __enter__(self) -> "Report":
@@ -64,7 +66,6 @@ class Report:
 
     def _clear(self) -> None:
         self._score = self._steps = self._ties = self._saturated = 0
-        self._since = time.perf_counter()
 
     @property
     def scores(self) -> dict[int, float]:
@@ -88,6 +89,11 @@ class Report:
             self.metrics.append(step, warning=sign)
             self.tracker.text(step, "warning", sign)
 
+    def taken(self) -> None:
+        """A step has been taken; its statistics come later, and speed is not theirs."""
+        self._taken += 1
+        self._at = time.perf_counter()
+
     def step(self, job: Job, step: int, statistics: Statistics) -> None:
         """Take in a step's statistics, and log now and then. Reading them waits for the step."""
         self._score += int(statistics["score"])
@@ -95,7 +101,7 @@ class Report:
         self._saturated += int(statistics["saturated"])
         self._steps += 1
         self.progress.update(1)
-        if time.perf_counter() - self._since >= LOG_SECONDS:
+        if self._at - self._since >= LOG_SECONDS:
             self.log(job, step)
 
     def log(self, job: Job, step: int) -> None:
@@ -107,7 +113,11 @@ class Report:
         pairs = self._steps * config.pairs
         comparisons = pairs * (config.segment if config.estimator == "activation" else 1)
         train = bits_per_byte(self._score, 1) / (tokens * job.lanes.bytes_per_token)
-        rate = tokens / max(1e-9, time.perf_counter() - self._since)
+        if self._taken:
+            taken = self._taken * config.population * config.segment
+            self._rate = taken / max(1e-9, self._at - self._since)
+            self._taken, self._since = 0, self._at
+        rate = self._rate
         values: dict[str, Any] = {
             "member_tokens": step * config.population * config.segment,
             "train_bits_per_byte": train,

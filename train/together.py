@@ -231,6 +231,9 @@ class Silent:
     held_out = None
     scores: ClassVar[dict[int, float]] = {}
 
+    def taken(self) -> None:
+        """See `Report.taken`."""
+
     def step(self, *values: Any) -> None:
         """See `Report.step`."""
 
