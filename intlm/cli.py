@@ -401,8 +401,8 @@ def _add_checkout(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="write the weights of any step of a run",
-        description="Rebuild the weights after a step from the run's history, and write them to a file that "
-        "sample and eval take.",
+        description="Rebuild the weights after a step from the run's history,\n"
+        "and write them to a file that sample and eval take.",
     )
     add = command.add_argument
     add("run", metavar="RUN", help="name of a run, or its directory")
@@ -417,8 +417,9 @@ def _add_verify(commands: Any, name: str, describe: bool) -> None:
         name,
         formatter_class=_Help,
         help="replay a run's history, and compare it with its checkpoints",
-        description="Replay the history of a run from its first weights, which its seed gives, and compare what "
-        "it leads to with each checkpoint. Exit code 1 if anything differs or is damaged.",
+        description="Replay the history of a run from its first weights, which its seed gives,\n"
+        "and compare what it leads to with each checkpoint.\n"
+        "Exit code 1 if anything differs or is damaged.",
     )
     command.add_argument("run", metavar="RUN", help="name of a run, or its directory")
     command.add_argument("--json", action="store_true", help="print JSON")
