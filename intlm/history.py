@@ -13,6 +13,7 @@ docs/numerics.md has the format. A record that a crash has cut short at the end 
 its step is repeated.
 """
 
+import errno
 import os
 import queue
 import re
@@ -467,7 +468,7 @@ class Recorder:
         assert self._file is not None
         try:
             if self._file.write(content) < len(content):  # unbuffered, so that it may be a part
-                raise OSError(28, os.strerror(28))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             self._file.truncate(self._size)
             raise
