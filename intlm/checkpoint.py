@@ -170,6 +170,15 @@ def replace_file(
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def unused_name(path: Path, ending: str) -> Path:
+    """`path` with `ending`, and a number where there is such a file already."""
+    aside, number = path.with_name(path.name + ending), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}{ending}{number}")
+    return aside
+
+
 def make_directory(path: Path) -> None:
     """The directory at `path`, in one that exists. Raises `InputError` where it cannot be made."""
     try:

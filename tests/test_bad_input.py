@@ -480,10 +480,18 @@ def test_a_damaged_file_of_a_run(
 
 
 def test_a_damaged_metrics_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copy / LAST).unlink()
     path = copy / "runs/good/metrics.jsonl"
-    path.write_bytes(b"nonsense\n" + path.read_bytes())
-    assert "metrics.jsonl: line 1 is damaged" in refused(capsys, GOOD)
+    whole = path.read_bytes()
+    path.write_bytes(b"nonsense\n" + whole)
+    assert "metrics.jsonl: line 1 is damaged" in refused(capsys, ["sample", "good@best"])
+    (copy / LAST).unlink()
+    assert main(GOOD) == 0
+    _, err = capsys.readouterr()
+    assert "metrics.jsonl: line 1 is damaged, and left out from now on; " in err
+    assert b"nonsense" not in path.read_bytes()
+    assert path.with_name("metrics.jsonl.damaged").read_bytes() == b"nonsense\n" + whole
+    assert main(["check", "good"]) == 0
+    assert "metrics.jsonl.damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

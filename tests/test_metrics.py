@@ -94,15 +94,23 @@ def test_zeros_after_a_power_cut_are_a_torn_line(path: Path) -> None:
     ["", "{", "[]", "5", '{"train": 1}', '{"step": "1"}', "[" * 100_000, '{"step": true}', '{"step": -1}',
      '{"step": 1e400}', '{"step": 2147483648}', '{"step": 1, "step": 1}', '{"step": 1, "train": NaN}'],
 )  # fmt: skip
-def test_damage_inside_is_not_tolerated(path: Path, line: str) -> None:
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
-    content = path.read_bytes()
-    for read in (read_metrics, lambda path: MetricsFile.open(path, 2)):
+def test_damage_inside_is_noticed_and_mended(path: Path, line: str) -> None:
+    whole = path.read_bytes()
+    for number, damaged in (("", [line]), ("2", [line, line])):
+        lines = whole.decode().splitlines()
+        path.write_text("\n".join([lines[0], *damaged, *lines[1:]]) + "\n")
+        content = path.read_bytes()
         with pytest.raises(InputError) as raised:
-            read(path)
+            read_metrics(path)
         assert str(raised.value) == f"{path}: line 2 is damaged: not a JSON object with a step"
-    assert path.read_bytes() == content
+        assert path.read_bytes() == content
+        said = []
+        MetricsFile.open(path, 9, said.append).close()
+        assert path.read_bytes() == whole
+        aside = path.with_name(f"{path.name}.damaged{number}")
+        assert aside.read_bytes() == content
+        what = "2 lines are" if number else "line 2 is"
+        assert said == [f"{path}: {what} damaged, and left out from now on; the file as it was is {aside}"]
 
 
 def test_what_is_no_score_is_compared_with_none() -> None:

@@ -109,7 +109,7 @@ def _files(directory: Path) -> Iterator[Finding]:
     history = segments(run.history_directory)
     for number, (_, path) in enumerate(history):
         yield _segment(path, str(path.relative_to(directory)), largest, number == len(history) - 1)
-    for path in sorted((directory / "checkpoints").glob("*.damaged*")):
+    for path in sorted([*directory.glob("*.damaged*"), *(directory / "checkpoints").glob("*.damaged*")]):
         yield Finding(str(path.relative_to(directory)), NOTE, "was set aside as damaged; not used")
     for path in sorted(directory.rglob("*.tmp")):
         yield Finding(str(path.relative_to(directory)), NOTE, "was being written; not used")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from intlm.checkpoint import replace_file
+from intlm.checkpoint import replace_file, unused_name
 from intlm.errors import InputError
 from intlm.untrusted import parse_json, read_file
 from train.trouble import Trouble, Warn, warn_plainly
@@ -52,12 +52,19 @@ class MetricsFile:
         """The file at `path`, made if need be, without what comes after `from_step`.
 
         `from_step` is the step of the checkpoint to go on from. Lines of later steps, which will be repeated,
-        and a last line torn by a crash are removed; a new run, which repeats step 0 too, passes -1. Raises
-        `InputError` for a file that is damaged or cannot be written.
+        and a last line torn by a crash are removed; a new run, which repeats step 0 too, passes -1. Lines that
+        are damaged are left out, with a warning that names the copy which keeps them. Raises `InputError` for a
+        file that cannot be read or written.
         """
         old = _read(path) if path.exists() else b""
-        kept = [(line, values) for line, values in _lines(old, path) if values["step"] <= from_step]
+        whole, damaged = _parse(old)
+        kept = [(line, values) for line, values in whole if values["step"] <= from_step]
         new = b"".join(line + b"\n" for line, _ in kept)
+        if damaged:
+            aside = unused_name(path, ".damaged")
+            replace_file(aside, [old])
+            what = f"line {damaged[0]} is" if len(damaged) == 1 else f"{len(damaged):,} lines are"
+            warn(f"{path}: {what} damaged, and left out from now on; the file as it was is {aside}")
         if new != old:
             replace_file(path, [new])
         try:
@@ -181,9 +188,17 @@ def _read(path: Path) -> bytes:
 
 
 def _lines(content: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Every whole line of the `content` of `path`, without its end, and what it says."""
+    """Every whole line of the `content` of `path`, see `_parse`. Raises `InputError` where others are damaged."""
+    whole, damaged = _parse(content)
+    if damaged:
+        raise InputError(f"{path}: line {damaged[0]} is damaged: not a JSON object with a step")
+    return whole
+
+
+def _parse(content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[int]]:
+    """Every whole line, without its end, and what it says; the numbers of those that are damaged, not torn."""
     lines = content.splitlines()
-    whole = []
+    whole, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
             values = parse_json(line)
@@ -192,8 +207,8 @@ def _lines(content: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if isinstance(values, dict) and _is_step(values.get("step")):
             whole.append((line, values))
         elif number < len(lines):
-            raise InputError(f"{path}: line {number} is damaged: not a JSON object with a step")
-    return whole
+            damaged.append(number)
+    return whole, damaged
 
 
 def _is_score(value: object) -> bool:
