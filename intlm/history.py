@@ -62,13 +62,16 @@ def encode_changes(before_W: np.ndarray, after_W: np.ndarray) -> bytes:
     """What leads from the int8 weights `before_W` to `after_W`.
 
     Four counts (`COUNTS`); a bit for each change, the lowest first, set where it is upwards; then, compressed by
-    Zstandard: the distances to the changed weights, the distances (in changes) to the changes by more than 1,
-    and these changes' magnitudes less 1.
+    Zstandard: the distances to the changed weights, or a bit for each weight where many change; the distances
+    (in changes) to the changes by more than 1; and these changes' magnitudes less 1.
     """
-    places = np.flatnonzero(before_W != after_W)
+    changed_W = before_W != after_W
+    places = np.flatnonzero(changed_W)
     moves = after_W[places].astype(np.int16) - before_W[places]
     large = np.flatnonzero(np.abs(moves) > 1)
-    near, far = _distances(places), _distances(large)
+    many = _many(len(places), changed_W.size)
+    near = np.packbits(changed_W, bitorder="little") if many else _distances(places)
+    far = _distances(large)
     magnitudes = (np.abs(moves[large]) - 1).astype(np.uint8)
     signs = np.packbits(moves > 0, bitorder="little")
     counts = COUNTS.pack(len(places), len(large), len(near), len(far))
@@ -85,10 +88,12 @@ def apply_changes(payload: bytes, weights_W: np.ndarray) -> np.ndarray:
     if len(payload) < COUNTS.size:
         raise ValueError("it is too short")
     changes, larges, near_size, far_size = COUNTS.unpack_from(payload)
-    if not (larges <= changes <= weights_W.size and changes <= near_size and larges <= far_size):
-        raise ValueError("its counts do not fit")
+    many, bitmap = _many(changes, weights_W.size), (weights_W.size + 7) // 8
     # Every 255 weights that are passed over cost a byte at most.
-    if near_size > changes + weights_W.size // 255 or far_size > larges + changes // 255:
+    least, most = (bitmap, bitmap) if many else (changes, changes + weights_W.size // 255)
+    if not (larges <= changes <= weights_W.size and least <= near_size <= most):
+        raise ValueError("its counts do not fit")
+    if not larges <= far_size <= larges + changes // 255:
         raise ValueError("its counts do not fit")
     start = COUNTS.size + (changes + 7) // 8
     size = near_size + far_size + larges
@@ -100,7 +105,7 @@ def apply_changes(payload: bytes, weights_W: np.ndarray) -> np.ndarray:
     if len(stream) != size or not decompressor.eof or decompressor.unused_data:
         raise ValueError("it is not as long as it says")
     values = np.frombuffer(stream, np.uint8)
-    places = _places(values[:near_size], changes, weights_W.size)
+    places = (_marked if many else _places)(values[:near_size], changes, weights_W.size)
     large = _places(values[near_size : near_size + far_size], larges, changes)
     signs = np.frombuffer(payload, np.uint8, (changes + 7) // 8, COUNTS.size)
     moves = np.where(np.unpackbits(signs, count=changes, bitorder="little"), 1, -1).astype(np.int16)
@@ -111,6 +116,20 @@ def apply_changes(payload: bytes, weights_W: np.ndarray) -> np.ndarray:
     changed = weights_W.copy()
     changed[places] += moves.astype(np.int8)
     return changed
+
+
+def _many(changes: int, weights: int) -> bool:
+    """Whether a bit for each weight takes less than a byte for each change."""
+    return 8 * changes > weights
+
+
+def _marked(bits: np.ndarray, count: int, limit: int) -> np.ndarray:
+    """Which of `limit` bits are set. Raises `ValueError` where they are not `count`, or where more follow."""
+    marks = np.unpackbits(bits, bitorder="little")
+    places = np.flatnonzero(marks[:limit])
+    if len(places) != count or marks[limit:].any():
+        raise ValueError("its changes are not as many as it says")
+    return places
 
 
 def _distances(places: np.ndarray) -> np.ndarray:

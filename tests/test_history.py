@@ -24,7 +24,7 @@ from train.job import Job
 
 # --- changes ----------------------------------------------------------------------------------------------------
 
-shares = st.sampled_from([0.0, 0.001, 0.1, 0.9, 1.0])
+shares = st.sampled_from([0.0, 0.001, 0.1, 0.125, 0.2, 0.9, 1.0])
 
 
 @settings(max_examples=100)
@@ -48,11 +48,12 @@ def test_every_single_change(size):
 
 
 @settings(max_examples=300)
-@given(seed=seeds, cut=st.integers(0, 3))
-def test_a_payload_that_is_damaged_is_refused_or_gives_weights(seed, cut):
+@given(seed=seeds, share=shares, cut=st.integers(0, 3))
+def test_a_payload_that_is_damaged_is_refused_or_gives_weights(seed, share, cut):
     """No checksum stands before it here. What a payload claims takes no memory and no time."""
     rng = np.random.default_rng(seed)
     before, after = (rng.integers(-127, 128, 300).astype(np.int8) for _ in range(2))
+    after = np.where(rng.random(300) < share, after, before)
     payload = bytearray(encode_changes(before, after))
     for _ in range(rng.integers(1, 4)):
         payload[rng.integers(len(payload))] = rng.choice([0, 1, 127, 128, 255])
@@ -65,8 +66,10 @@ def test_a_payload_that_is_damaged_is_refused_or_gives_weights(seed, cut):
 
 
 @pytest.mark.parametrize(
-    "counts", [(2**32 - 1,) * 4, (301, 0, 301, 0), (2, 3, 2, 3), (1, 0, 2**31, 0), (1, 0, 0, 0)]
-)
+    "counts",
+    [(2**32 - 1,) * 4, (301, 0, 301, 0), (301, 0, 38, 0), (2, 3, 2, 3), (1, 0, 2**31, 0), (1, 0, 0, 0),
+     (38, 0, 37, 0), (38, 0, 39, 0), (37, 0, 36, 0), (38, 0, 38, 2**31)],
+)  # fmt: skip
 def test_counts_that_do_not_fit_are_refused(counts):
     payload = history.COUNTS.pack(*counts) + bytes(50)
     with pytest.raises(ValueError, match="counts do not fit"):
