@@ -45,11 +45,11 @@ class Baselines:
 def baselines(train: Iterable[bytes], held_out: Iterable[bytes]) -> Baselines:
     """Every baseline of the documents `held_out`. `InputError` where they have no bytes."""
     held_out = list(held_out)
-    train_counts = ngram_counts(train, MAXIMUM_ORDER)
-    held_out_counts = ngram_counts(held_out, MAXIMUM_ORDER)
-    train_by_order = [lower_order(train_counts, 256**order) for order in (1, 2, 3)]
-    held_out_by_order = [lower_order(held_out_counts, 256**order) for order in (1, 2, 3)]
-    fit = [_cross_entropy(*counts) for counts in zip(train_by_order, held_out_by_order, strict=True)]
+    train_by_order = by_order(ngram_counts(train, MAXIMUM_ORDER))
+    held_out_by_order = by_order(ngram_counts(held_out, MAXIMUM_ORDER))
+    fit = [
+        _cross_entropy(train_by_order[:order], counts) for order, counts in enumerate(held_out_by_order, 1)
+    ]
     own = [entropy(counts) for counts in held_out_by_order]
     compressed = compressed_bits_per_byte(held_out)
     return Baselines(
@@ -73,7 +73,7 @@ def ngram_bits_per_byte(train: Iterable[bytes], held_out: Iterable[bytes], order
     different bytes follow h (Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language
     Modeling", Harvard TR-10-98). `InputError` for another order, or where `held_out` has no bytes.
     """
-    return _cross_entropy(ngram_counts(train, order), ngram_counts(held_out, order))
+    return _cross_entropy(by_order(ngram_counts(train, order)), ngram_counts(held_out, order))
 
 
 def own_entropy(held_out: Iterable[bytes], order: int) -> float:
@@ -120,28 +120,29 @@ def ngram_counts(documents: Iterable[bytes], order: int) -> np.ndarray:
     return counts
 
 
-def lower_order(counts: np.ndarray, size: int) -> np.ndarray:
-    """The `size` counts of a lower order, from those of a higher one."""
-    return counts.reshape(-1, size).sum(axis=0)
+def by_order(counts: np.ndarray) -> list[np.ndarray]:
+    """The counts of order 1, order 2 and so on, from those of the highest, which are the last of them."""
+    found = [counts]
+    while len(found[0]) > 256:
+        found.insert(0, found[0].reshape(256, -1).sum(axis=0))
+    return found
 
 
-def _cross_entropy(train_counts: np.ndarray, held_out_counts: np.ndarray) -> float:
+def _cross_entropy(train_by_order: list[np.ndarray], held_out_counts: np.ndarray) -> float:
     codes = np.flatnonzero(held_out_counts)
     if not len(codes):
         raise _nothing_held_out()
     probability = np.full(len(codes), 1 / 256)
-    size = 256
-    while size <= len(train_counts):
-        counts = lower_order(train_counts, size)
+    for counts in train_by_order:
+        of_order = codes % len(counts)
+        context = of_order >> 8
         by_context = counts.reshape(-1, 256)
-        context = (codes % size) >> 8
         total = by_context.sum(axis=1)[context]
         kinds = np.count_nonzero(by_context, axis=1)[context]
         # A context never seen in training says nothing: the shorter one decides.
         weight = np.maximum(total + kinds, 1)
-        longer = (counts[codes % size] + kinds * probability) / weight
+        longer = (counts[of_order] + kinds * probability) / weight
         probability = np.where(total > 0, longer, probability)
-        size *= 256
     weights = held_out_counts[codes]
     return float(-(weights * np.log2(probability)).sum() / weights.sum())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.baselines import MAXIMUM_ORDER, entropy, lower_order, ngram_counts
+from eval.baselines import MAXIMUM_ORDER, by_order, entropy, ngram_counts
 from intlm.config import EggrollConfig
 from intlm.errors import InputError
 from tokenizer import Tokenizer
@@ -152,7 +152,7 @@ def _survey(
     packed += len(packer.flush())
     if not total:
         raise InputError(f"--data: {name!r} has no text (accepted: at least one byte)")
-    unigram, bigram, trigram = (entropy(lower_order(counts, 256**order)) for order in (1, 2, 3))
+    unigram, bigram, trigram = map(entropy, by_order(counts))
     return Survey(
         name=name,
         weight=weight,
