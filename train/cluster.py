@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,25 +175,17 @@ class Cluster:
 
     # --- sums ---------------------------------------------------------------------------------------------
 
-    def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all processes of int32 [n]; on the way all hear whether anyone was asked to stop."""
-        import jax
+    def total(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The sum over all processes of int32 [n], given in parts, one behind another.
 
+        On the way all hear whether anyone was asked to stop.
+        """
         saving = self.stop.save_asked
-        asked = np.array([self.stop.asked, saving], np.int32)
-        with self.watch.collective():
-            parts = [jax.device_put(part, self._device)[None] for part in (values, asked)]
-            wholes = [
-                jax.make_array_from_single_device_arrays(
-                    (self.processes, *part.shape[1:]), self._sharding, [part]
-                )
-                for part in parts
-            ]
-            summed, asking = (np.asarray(whole.addressable_data(0)) for whole in self._sum(*wholes))
-        self.stop.requested |= bool(asking[0])
-        self.stop.save_requested |= bool(asking[1])
+        summed = self._added(np.concatenate([*parts, np.array([self.stop.asked, saving], np.int32)]))
+        self.stop.requested |= bool(summed[-2])
+        self.stop.save_requested |= bool(summed[-1])
         self.stop.save_asked &= not saving
-        return summed
+        return summed[:-2]
 
     # --- words ----------------------------------------------------------------------------------------------
 
@@ -242,15 +234,17 @@ class Cluster:
 
     def _handed_out(self, array: np.ndarray) -> np.ndarray:
         """uint8 [n] or int32 [n] of process 0."""
+        return self._added(array if self.process == 0 else np.zeros_like(array))
+
+    def _added(self, array: np.ndarray) -> np.ndarray:
         with self.watch.collective():
-            mine = array if self.process == 0 else np.zeros_like(array)
-            return np.asarray(self._first(self._spread(mine)).addressable_data(0))
+            return np.asarray(self._add(self._spread(array)).addressable_data(0))
 
     def _spread(self, array: np.ndarray) -> Any:
         """[processes, ...], of which each process has its own row."""
         import jax
 
-        part = jax.device_put(array, self._device)[None]
+        part = jax.device_put(array[None], self._device)
         shape = (self.processes, *array.shape)
         return jax.make_array_from_single_device_arrays(shape, self._sharding, [part])
 
@@ -259,6 +253,10 @@ class Cluster:
     def name(self, process: int) -> str:
         """What people call a process."""
         return self.watch.names.get(process, f"process {process}")
+
+    def say_saved(self, newest: Callable[[], Path | str | None]) -> None:
+        """Which checkpoint to name, to the others too, where one is lost; None: there is none yet."""
+        self.watch.saved = lambda: str(newest() or "none yet")
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process goes, and why; they go too."""
@@ -357,10 +355,6 @@ class Cluster:
         self._device = firsts[self.process]
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
 
-        def add(values_1xN: Any, asked_1x2: Any) -> Any:
-            both = lax.psum(jax.numpy.concatenate([values_1xN[0], asked_1x2[0]]), _AXIS)
-            return both[:-2], both[-2:]
-
         everywhere = PartitionSpec()
 
         def over_processes(function: Any) -> Any:
@@ -371,15 +365,11 @@ class Cluster:
             )
 
         self._all = over_processes(lambda x: lax.all_gather(x[0], _AXIS))
-        # All but the first have zeros.
-        self._first = over_processes(lambda x: lax.psum(x[0], _AXIS))
-        self._sum = jax.jit(
-            jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(_AXIS), out_specs=(everywhere, everywhere))
-        )
+        self._add = over_processes(lambda x: lax.psum(x[0], _AXIS))
         with _without_output():
             # Whatever is to be connected is now: the store has no answers to wait for without the agent.
             self.watch.names = dict(enumerate(self.gather(self.watch.own_name)))
-            self.total(np.zeros(1, np.int32))
+            self.total([np.zeros(1, np.int32)])
             local = Mesh(np.array(jax.local_devices()), (_AXIS,))
             if local.size > 1:
                 among = jax.shard_map(
@@ -422,7 +412,7 @@ class _Watch:
     def __init__(self, member: Membership, client: Any, stop: GroupStop):
         self.own_name = f"process {member.process} ({socket.gethostname()}, pid {os.getpid()})"
         self.names: dict[int, str] = {}
-        self.saved: Callable[[], object] = lambda: None
+        self.saved: Callable[[], str | None] = lambda: None
         self.leaving: Callable[[], object] = lambda: None
         self._member, self._client, self._stop = member, client, stop
         self._broken: str | None = None
@@ -496,7 +486,7 @@ class _Watch:
                     self._client.key_value_set(f"{_NEWS}/stop", "1", allow_overwrite=True)
                 if member.process == 0:
                     self._look_at(beats, now)
-                    beat = json.dumps([count, str(self.saved() or "")])
+                    beat = json.dumps([count, self.saved()])
                     self._client.key_value_set(f"{_NEWS}/beat", beat, allow_overwrite=True)
                 news = dict(self._client.key_value_dir_get(_NEWS))
                 self._hear({key.rpartition("/")[2]: value for key, value in news.items()})
@@ -522,8 +512,9 @@ class _Watch:
             self._end(code, line)
         if "beat" in news and news["beat"] != self._last:
             self._last, self._heard = news["beat"], time.monotonic()
-            if self._member.process:
-                self.saved = partial(str, json.loads(news["beat"])[1])
+            saved = json.loads(news["beat"])[1]
+            if self._member.process and saved:
+                self.saved = partial(str, saved)
 
     def _look_at(self, beats: dict[int, tuple[str, float]], now: float) -> None:
         """Process 0: who has not been heard of for too long?"""
@@ -558,9 +549,8 @@ class _Watch:
         return f"{name} is lost: nothing was heard of it for {silent:.0f} seconds; {self._where()}"
 
     def _where(self) -> str:
-        return (
-            f"last checkpoint: {self.saved() or 'none yet'}; start all processes again with the same command"
-        )
+        saved = self.saved() or "not known here"
+        return f"last checkpoint: {saved}; start all processes again with the same command"
 
     def _end(self, code: int, line: str) -> None:
         """One line, and the end of the process, whatever its other threads are doing."""

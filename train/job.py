@@ -18,7 +18,7 @@ import numpy as np
 from eval.baselines import Baselines, baselines
 from eval.bits import Evaluator
 from intlm import checkpoint, fixedpoint, model
-from intlm.checkpoint import Checkpoint
+from intlm.checkpoint import Checkpoint, unused_name
 from intlm.eggroll import Statistics
 from intlm.engine.distributed import DistributedEngine
 from intlm.engine.engine import Engine, make_engine
@@ -304,7 +304,9 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
     if cluster:
-        cluster.tell({"steps": config.steps, "step": state.step, "position": lanes.position})
+        saved = str(latest) if found else None
+        cluster.say_saved(lambda: saved)
+        cluster.tell({"steps": config.steps, "step": state.step, "position": lanes.position, "saved": saved})
         state = together.handed_out(cluster, config.eggroll, state)
     evolution = make_evolution(engine, config, config.steps, cluster)
     history = None
@@ -346,13 +348,8 @@ def _check_writable(directory: Path) -> None:
 
 def _set_aside(path: Path) -> None:
     """Rename a damaged checkpoint, so that it is not kept in place of a good one. Raises InputError."""
-    aside = path.with_name(path.name + ".damaged")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.damaged{number}")
     try:
-        path.rename(aside)
+        path.rename(unused_name(path, ".damaged"))
     except OSError as error:
         raise InputError(f"{path}: is damaged and cannot be renamed: {error.strerror or error}") from error
 

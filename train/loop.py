@@ -85,5 +85,5 @@ def make_saver(job: Job, report: Report | Silent) -> Iterator[Saver | None]:
     before = [*job.before_checkpoint, report.metrics.sync]
     with Saver(job.run, request.keep, request.keep_every, report.warn, before, last) as saver:
         if job.cluster is not None:
-            job.cluster.watch.saved = lambda: job.run.checkpoint_path(saver.last) if saver.last else None
+            job.cluster.say_saved(lambda: job.run.checkpoint_path(saver.last) if saver.last else None)
         yield saver

@@ -140,11 +140,6 @@ class Run:
                 found.append((int(match[1]), path))
         return [path for _, path in sorted(found)]
 
-    def latest(self) -> Path | None:
-        """The checkpoint of the highest step, or None."""
-        paths = self.checkpoints()
-        return paths[-1] if paths else None
-
     def prune(self, keep: int, keep_every: int = 0, scores: Mapping[int, float] | None = None) -> None:
         """Delete all checkpoints but the newest `keep`, every `keep_every`-th step's (0: none), and the best.
 

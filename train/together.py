@@ -107,10 +107,10 @@ def settled_exchange(cluster: Cluster, engine: DistributedEngine, config: RunCon
     def recompute() -> None:
         for votes in engine.fitness_votes(key, fitness).values():
             np.asarray(votes)
-        cluster.total(np.zeros(embedding + config.eggroll.pairs, np.int32))
+        cluster.total([np.zeros(embedding + config.eggroll.pairs, np.int32)])
 
     seconds = []
-    for work in (lambda: cluster.total(np.zeros(size, np.int32)), recompute):
+    for work in (lambda: cluster.total([np.zeros(size, np.int32)]), recompute):
         work()  # compiles
         cluster.tell()  # waits until all are there
         started = time.perf_counter()
@@ -192,6 +192,7 @@ def join(request: "Request", say: Any, cluster: Cluster) -> "Job":
         plan_steps(config, engine, None, state, lanes.next_segment(), say, cluster)
         lanes.close()
     start = cluster.tell()
+    cluster.say_saved(lambda: start["saved"])
     config = dataclasses.replace(config, steps=start["steps"])
     lanes = make_lanes(config, text, tokenizer, start["position"], cluster)
     state = handed_out(cluster, config.eggroll, dataclasses.replace(state, step=start["step"]))

@@ -5,7 +5,7 @@ happens in each of them alike. Integers add in any order, so that the number of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -56,18 +56,21 @@ class DistributedEngine:
     def __init__(
         self,
         engine: Engine,
-        total: Callable[[np.ndarray], np.ndarray],
+        total: Callable[[Sequence[np.ndarray]], np.ndarray],
         first_pair: int,
         pairs: int,
         exchange: str = "votes",
     ):
-        """total: int32 [n] to its sum over all processes; first_pair: of this process; pairs: of all of them.
+        """total: parts of an int32 [n] to its sum over all processes.
+
+        first_pair: of this process; pairs: of all of them.
 
         exchange: what is summed over the processes, one of `EXCHANGES`; it changes no bit.
         """
         self.name = engine.name
         self.engine, self.first_pair, self.pairs, self.exchange = engine, first_pair, pairs, exchange
-        self.advance, self.forward, self.compile = engine.advance, engine.forward, engine.compile
+        self.advance, self.forward, self.score = engine.advance, engine.forward, engine.score
+        self.compile = engine.compile
         self.fitness_votes, self.embedding_votes = engine.fitness_votes, engine.embedding_votes
         self._total = total
 
@@ -110,7 +113,7 @@ class DistributedEngine:
             name: np.asarray(statistics[name], np.int64) for name in sorted(statistics) if name != "fitness"
         }
         limbs = to_limbs(np.concatenate([value.reshape(-1) for value in sums.values()]))
-        summed = self._total(np.concatenate([*(part.reshape(-1) for part in parts), limbs]))
+        summed = self._total([*(part.reshape(-1) for part in parts), limbs])
         added = _split(summed[: -limbs.size], [part.shape for part in parts])
         shapes = [value.shape for value in sums.values()]
         totals = dict(zip(sums, _split(from_limbs(summed[-limbs.size :]), shapes), strict=True))
