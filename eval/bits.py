@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from intlm import fixedpoint
 from intlm.config import ModelConfig
 from intlm.engine.engine import Engine
 from intlm.errors import InputError
@@ -22,9 +21,9 @@ LARGEST_LOGITS = 1 << 24
 class HeldOut:
     """Held-out text, laid out to be read once by many lanes side by side.
 
-    inputs_NxS, targets_NxS: int32; counted_NxS: bool, false for padding and for separators, which are no text.
-    Each lane starts in the middle of the stream from an empty state: that costs the model a little, never
-    flatters it. bytes: of raw text, in the counted targets.
+    inputs_NxS, targets_NxS: int32; a target is the input that follows in its lane. counted_NxS: bool, false for
+    padding and for separators, which are no text. Each lane starts in the middle of the stream from an empty
+    state: that costs the model a little, never flatters it. bytes: of raw text, in the counted targets.
     """
 
     inputs_NxS: np.ndarray
@@ -48,12 +47,12 @@ class HeldOut:
         """
         stream = stream_S[: limit or None].astype(np.int32)
         lengths = tokenizer.byte_lengths()[stream] if lengths_S is None else lengths_S[: limit or None]
-        inputs, targets = stream[:-1], stream[1:]
-        lanes = max(1, min(LANES, len(inputs) // SEGMENT))
-        width = -(-len(inputs) // (lanes * SEGMENT)) * SEGMENT
-        padding = (0, lanes * width - len(inputs))
-        inputs, targets = np.pad(inputs, padding), np.pad(targets, padding)
-        counted = (targets != tokenizer.separator) & (np.arange(lanes * width) < len(stream) - 1)
+        predicted = len(stream) - 1
+        lanes = max(1, min(LANES, predicted // SEGMENT))
+        width = -(-predicted // (lanes * SEGMENT)) * SEGMENT
+        padded = np.pad(stream, (0, lanes * width - predicted))
+        inputs, targets = padded[:-1], padded[1:]
+        counted = (targets != tokenizer.separator) & (np.arange(lanes * width) < predicted)
         is_text = stream[1:] != tokenizer.separator
         byte_count = int(lengths[1:][is_text].sum(dtype=np.int64))
         if not byte_count:
@@ -84,7 +83,6 @@ class Evaluator:
 
     def __init__(self, engine: Engine, model: ModelConfig, held_out: HeldOut):
         self.engine, self.model, self.held_out = engine, model, held_out
-        self._score = engine.compile(fixedpoint.log_likelihood)
 
     def score(self, parameters: Parameters) -> int:
         """The log-likelihood of the counted targets, in 1/256 bit: an exact integer, 0 or negative."""
@@ -95,9 +93,9 @@ class Evaluator:
             step //= 2
         for start in range(0, data.inputs_NxS.shape[1], step):
             window = np.s_[:, start : start + step]
-            logits, state = self.engine.forward(parameters, data.inputs_NxS[window], state)
-            scores = np.asarray(self._score(logits, data.targets_NxS[window]))
-            total += int(scores[data.counted_NxS[window]].sum(dtype=np.int64))
+            text_NxT1 = np.concatenate([data.inputs_NxS[window], data.targets_NxS[window][:, -1:]], axis=1)
+            scores, state = self.engine.score(parameters, text_NxT1, state)
+            total += int(np.asarray(scores)[data.counted_NxS[window]].sum(dtype=np.int64))
         return total
 
     def bits_per_byte(self, parameters: Parameters) -> float:

@@ -474,6 +474,9 @@ def _add_bench(commands: Any, name: str, describe: bool) -> None:
         help="show what part of a training step is neither evaluation nor update instead")  # fmt: skip
     add("--safety", action="store_true",
         help="show what checkpoints and the history cost a run instead")  # fmt: skip
+    add("--processes", type=_integer("--processes"), metavar="N",
+        help="show what N processes on this machine make of a run instead, beside one; --threads are those of "
+        "each (default: the cores shared among them)")  # fmt: skip
     add("--sampling", action="store_true",
         help="measure the tokens/s of sampling instead, of 1, 32 and 1024 samples")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
@@ -842,35 +845,42 @@ def _bench_data(parsed: argparse.Namespace) -> int:
 def _bench(parsed: argparse.Namespace) -> int:
     if parsed.preset == "data":
         return _bench_data(parsed)
+    from functools import partial
+
     from tqdm import tqdm
 
     from eval.full_rank import compare
     from eval.host import measure_host
     from eval.safety import measure_safety
+    from eval.scaling import measure_scaling
     from eval.throughput import count_of_figures, measure, table
 
     wanted = [
         f"--{name}"
-        for name in ("full-rank", "host", "safety", "sampling")
-        if vars(parsed)[name.replace("-", "_")]
+        for name in ("full-rank", "host", "safety", "processes", "sampling")
+        if vars(parsed)[name.replace("-", "_")] not in (None, False)
     ]
     if len(wanted) > 1:
         raise InputError(f"{' and '.join(wanted)}: give one of them")
     if parsed.sampling:
         return _bench_sampling(parsed)
+    alone: dict[str, Any] = {
+        "host": measure_host,
+        "safety": measure_safety,
+        "processes": partial(measure_scaling, processes=parsed.processes),
+    }
     cases, config = _bench_cases(parsed)
     seconds = _seconds(parsed.seconds)
-    alone = parsed.host or parsed.safety
-    count = len(cases) if alone else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
+    measure_cost = next((alone[name] for name in alone if f"--{name}" in wanted), None)
+    count = len(cases) if measure_cost else 6 * len(cases) if parsed.full_rank else count_of_figures(cases)
     with tqdm(total=count, unit="figure", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def progress(what: str) -> None:
             bar.set_description(what, refresh=False)
             bar.update()
 
-        if alone:
+        if measure_cost:
             costs: list[Any] = []
-            measure_cost = measure_host if parsed.host else measure_safety
             for case in cases:
                 progress(f"training, {case.engine}, {case.config.estimator}")
                 settings = (*parsed.settings, f"estimator={case.config.estimator}",
@@ -914,6 +924,9 @@ SHORT_STEP = 64 * 10**9
 """Multiply-adds of a step, up to which `bench` adds larger populations by itself: seconds on a slow engine."""
 
 
+MOST_BENCH_PROCESSES = 256
+
+
 def _bench_cases(parsed: argparse.Namespace) -> tuple[list[Any], Any]:
     """Every engine with every number of threads, estimator and population asked for; and the model."""
     import dataclasses
@@ -937,21 +950,25 @@ def _bench_cases(parsed: argparse.Namespace) -> tuple[list[Any], Any]:
             except InputError:
                 continue  # a preset, or settings, that only the other one has
     engines = parsed.engines or (["native"] if available_isas() else []) + ["xla"]
-    if (parsed.full_rank or parsed.host or parsed.safety) and not parsed.engines:
+    one_thing = parsed.full_rank or parsed.host or parsed.safety or parsed.processes is not None
+    if one_thing and not parsed.engines:
         engines = engines[:1]
+    if parsed.processes is not None and not 2 <= parsed.processes <= MOST_BENCH_PROCESSES:
+        raise InputError(f"--processes {parsed.processes}: must be from 2 to {MOST_BENCH_PROCESSES}")
+    cores = max(1, usable_cores() // (parsed.processes or 1))
     cases = []
     for config in configs:
         populations = parsed.populations
         if not populations:
             step = multiply_adds(own.model) * config.population * config.segment
-            more = () if parsed.full_rank or parsed.host or parsed.safety else (4, 16)
+            more = () if one_thing else (4, 16)
             populations = [
                 config.population * times for times in (1, *more) if times * step <= SHORT_STEP or times == 1
             ]
         for population in populations:
             sized = dataclasses.replace(config, population=population, pairs_per_lane=1)
             for engine in engines:
-                for threads in parsed.threads or [usable_cores()]:
+                for threads in parsed.threads or [cores]:
                     cases.append(Case(engine, check_threads(threads), sized))
     return cases, own.model
 

@@ -59,8 +59,9 @@ def test_population_step_gives_the_same_bits(case, isa, seed, corruption, first_
 @given(seed=seeds, corruption=corruptions)
 def test_forward_gives_the_same_bits(case, isa, seed, corruption):
     parameters, _, _, tokens, state = inputs(case, seed, corruption)
-    expected = reference(case).forward(parameters, tokens, state)
-    assert_same(expected, native_engine(case, isa).forward(parameters, tokens, state), case)
+    engine = native_engine(case, isa)
+    assert_same(reference(case).forward(parameters, tokens, state), engine.forward(parameters, tokens, state))
+    assert_same(reference(case).score(parameters, tokens, state), engine.score(parameters, tokens, state))
 
 
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
@@ -78,8 +79,12 @@ def test_blocks_chunks_and_threads_change_nothing(estimator):
         engine = native.NativeEngine(config, eggroll_config, chunk, threads)
         assert_same(expected, engine.population_step(*arguments), f"chunk {chunk}, threads {threads}")
     parameters, _, _, tokens, state = arguments
-    expected = ReferenceEngine(config, eggroll_config).forward(parameters, tokens, state)
-    assert_same(expected, native.NativeEngine(config, eggroll_config).forward(parameters, tokens, state))
+    for what in ("forward", "score"):
+        expected, found = (
+            getattr(made(config, eggroll_config), what)(parameters, tokens, state)
+            for made in (ReferenceEngine, native.NativeEngine)
+        )
+        assert_same(expected, found, what)
 
 
 def test_parameters_are_packed_again_when_they_are_others():
@@ -150,8 +155,10 @@ for case in t.CASES:
         expected = t.reference(case).population_step(*arguments, 5)
         t.assert_same(expected, t.native_engine(case, {isa!r}).population_step(*arguments, 5), case)
         parameters, _, _, tokens, state = arguments
-        expected = t.reference(case).forward(parameters, tokens, state)
-        t.assert_same(expected, t.native_engine(case, {isa!r}).forward(parameters, tokens, state), case)
+        for what in ("forward", "score"):
+            engines = t.reference(case), t.native_engine(case, {isa!r})
+            expected, found = (getattr(engine, what)(parameters, tokens, state) for engine in engines)
+            t.assert_same(expected, found, case)
 print("all agree")
 """
     done = subprocess.run(

@@ -76,6 +76,13 @@ class Engine(Protocol):
         """The unperturbed model: logits int16 [N, T, V] in 1/256 bit, and the states after the tokens."""
         ...
 
+    def score(self, parameters: Parameters, tokens_NxT1: Array, state_NxLxD: Array) -> tuple[Array, Array]:
+        """The unperturbed model on int32 [N, T + 1], inputs and, one later, targets.
+
+        Returns `fixedpoint.log_likelihood` of the targets, int32 [N, T] in 1/256 bit, and the states after.
+        """
+        ...
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, written on arrays, as this engine runs it: traced and compiled, or as it is."""
         ...

@@ -65,7 +65,7 @@ class _StepJob(ctypes.Structure):
         ("key", ctypes.c_uint32 * 2),
         *[(name, _POINTER) for name in ("horizon", "shift", "text", "state", "state_after")],
         ("votes", _POINTER * len(TRAINED)),
-        *[(name, _POINTER) for name in ("square", "counts", "fitness", "logits")],
+        *[(name, _POINTER) for name in ("square", "counts", "fitness", "logits", "likelihood")],
     )
 
 
@@ -336,10 +336,8 @@ class NativeEngine:
         return self._masters.named(after), next_scales, parameters, key
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` traced and compiled by XLA, which is loaded for it."""
-        from intlm.engine.xla import jit
-
-        return jit(function)
+        """The function as it is, in NumPy: what costs time is in C++."""
+        return function
 
     def fitness_votes(self, key: Any, fitness_P: Any, first_pair: int = 0) -> Votes:
         """See `Engine.fitness_votes`; XLA's, which is loaded for it."""
@@ -359,23 +357,38 @@ class NativeEngine:
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""
-        tokens, state = _array(tokens_NxT, np.int32), _array(state_NxLxD, np.int8)
-        rows, count = tokens.shape
+        tokens = _array(tokens_NxT, np.int32)
+        logits = np.empty((*tokens.shape, self.model.vocabulary), np.int16)
+        return logits, self._plain(
+            parameters, tokens, state_NxLxD, tokens.shape[1], logits=logits.ctypes.data
+        )
+
+    def score(self, parameters: Parameters, tokens_NxT1: Any, state_NxLxD: Any) -> tuple[Any, Any]:
+        """See `Engine.score`."""
+        tokens = _array(tokens_NxT1, np.int32)
+        rows, count = tokens.shape[0], tokens.shape[1] - 1
+        scores = np.empty((rows, count), np.int32)
+        return scores, self._plain(parameters, tokens, state_NxLxD, count, likelihood=scores.ctypes.data)
+
+    def _plain(
+        self, parameters: Parameters, text: np.ndarray, state_NxLxD: Any, count: int, **output: int
+    ) -> np.ndarray:
+        """Take `count` tokens of each row through the model; the states after them. output: where it goes."""
+        state = _array(state_NxLxD, np.int8)
         after = np.empty_like(state)
-        logits = np.empty((rows, count, self.model.vocabulary), np.int16)
         job = _StepJob(
             estimator=_PLAIN,
-            rows=rows,
+            rows=text.shape[0],
             tokens=count,
             rank=1,
             threads=self.threads,
-            text=tokens.ctypes.data,
+            text=text.ctypes.data,
             state=state.ctypes.data,
             state_after=after.ctypes.data,
-            logits=logits.ctypes.data,
+            **output,
         )
         self._evaluator.run(parameters, job)
-        return logits, after
+        return after
 
     def sample(
         self, parameters: Parameters, prompt_T: np.ndarray, rule: DrawRule, count: int, length: int

@@ -100,6 +100,14 @@ class ReferenceEngine:
             logits.append(step.astype(np.int16))
         return np.stack(logits, axis=1), state
 
+    def score(
+        self, parameters: Parameters, tokens_NxT1: np.ndarray, state_NxLxD: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.score`."""
+        tokens = np.asarray(tokens_NxT1)
+        logits, state = self.forward(parameters, tokens[:, :-1], state_NxLxD)
+        return np.asarray(fixedpoint.log_likelihood(logits, tokens[:, 1:])), state
+
     def population_step(
         self,
         parameters: Parameters,

@@ -324,6 +324,7 @@ class XlaEngine:
         self._population = self.compile(evaluate)
         self._scores = self.compile(partial(evaluate, votes=False))
         self._forward = self.compile(self._forward_all)
+        self._score = self.compile(self._score_all)
         self._fitness_votes = self.compile(self._fitness_votes_slice)
         self._embedding_votes = self.compile(self._embedding_votes_slice)
         self.advance = self.compile(partial(eggroll.advance, config, model))
@@ -342,6 +343,16 @@ class XlaEngine:
         state = jnp.swapaxes(state_NxLxD, 0, 1)
         logits, state, _ = _sequence(self.model, parameters, tokens_NxT.T, state, _Plain(), {}, {})
         return jnp.swapaxes(logits, 0, 1), jnp.swapaxes(state, 0, 1)
+
+    def score(self, parameters: Parameters, tokens_NxT1: Any, state_NxLxD: Any) -> tuple[Any, Any]:
+        """See `Engine.score`."""
+        return self._score(parameters, jnp.asarray(tokens_NxT1, jnp.int32), jnp.asarray(state_NxLxD))
+
+    def _score_all(
+        self, parameters: Tree, tokens_NxT1: jax.Array, state_NxLxD: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        logits, state = self._forward_all(parameters, tokens_NxT1[:, :-1], state_NxLxD)
+        return fixedpoint.log_likelihood(logits, tokens_NxT1[:, 1:]), state
 
     def population_step(
         self,

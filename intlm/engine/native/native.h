@@ -32,14 +32,15 @@ struct StepJob {
   uint32_t first_pair, key[2];          // key of the step
   const int32_t *horizon;               // k: [PARAMETERS, L]
   const int32_t *shift;                 // of B: [PARAMETERS, L]
-  const int32_t *text;                  // [rows, T + 1]; PLAIN: [rows, T]
+  const int32_t *text;                  // [rows, T + 1]; PLAIN with logits: [rows, T]
   const int8_t *state;                  // [rows, L, D]
   int8_t *state_after;                  // [rows, L, D]
   int32_t *votes[PARAMETERS];           // of each parameter's shape; null: the members are scored alone
   int64_t *square;                      // [PARAMETERS, L]: sums of B^2; WEIGHT: sum of q^2 first
   int64_t *counts;                      // score, difference, ties, saturated, seen
   int8_t *fitness;                      // WEIGHT: q of each pair, [rows]
-  int16_t *logits;                      // PLAIN: [rows, T, V]
+  int16_t *logits;                      // PLAIN: [rows, T, V], or null for
+  int32_t *likelihood;                  // the logarithms of what each token that follows is given, [rows, T]
 };
 
 struct UpdateJob {
