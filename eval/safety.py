@@ -24,7 +24,8 @@ class SafetyCost:
     """Seconds of a step with a history and a checkpoint for every block, over those without either, less one.
 
     Blocks of `steps` steps in turn, with and without, of the same run. cost: the median over rounds; lowest and
-    highest: of the rounds. history_bytes: bytes of a step.
+    highest: of the rounds. processor_cost: the same of the processor's seconds, on all cores together and over
+    all rounds, which other work on the machine disturbs less. history_bytes: bytes of a step.
     """
 
     engine: str
@@ -37,6 +38,7 @@ class SafetyCost:
     cost: float
     lowest: float
     highest: float
+    processor_cost: float
     checkpoint_bytes: int
     history_bytes: int
 
@@ -50,7 +52,8 @@ class SafetyCost:
             f"safety, {self.engine}, {self.estimator}, population {self.population:,}, segment {self.segment}: "
             f"history ({self.history_bytes:,} bytes a step) and a checkpoint ({self.checkpoint_bytes:,} bytes) "
             f"every {self.steps:,} steps ({self.block_seconds:.1f} s) cost {self.cost:.2%} "
-            f"(median of {ROUNDS} rounds, {self.lowest:.2%} to {self.highest:.2%})"
+            f"(median of {ROUNDS} rounds, {self.lowest:.2%} to {self.highest:.2%}), and "
+            f"{self.processor_cost:.2%} of processor time"
         )
 
 
@@ -73,6 +76,7 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
         step = seconds_of(lambda: job.evolution.step(state, job.lanes.next_segment()), 0.5)
         steps = max(10, int(seconds / step))
         ratios, with_both = [], 0.0
+        busy = [0.0, 0.0]
         safe = bare = job.state
         history = job.history
         assert history is not None
@@ -80,7 +84,7 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
             for _ in range(ROUNDS):
                 # The first step of a block takes what the other block has left behind.
                 safe, _ = _block(job, safe, 1, recorded=True)
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 history.seal()
                 make = job.snapshot(safe)
                 assert make is not None
@@ -90,8 +94,11 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
                 history.sync()
                 with_both = time.perf_counter() - started
                 saver.finish()
+                busy[0] += time.process_time() - used
                 bare, _ = _block(job, bare, 1, recorded=False)
+                used = time.process_time()
                 bare, without = _block(job, bare, steps, recorded=False)
+                busy[1] += time.process_time() - used
                 ratios.append(with_both / without - 1)
             size = job.run.checkpoint_path(saver.last or 0).stat().st_size
         log = sum(path.stat().st_size for path in Path(job.run.history_directory).iterdir())
@@ -99,7 +106,7 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
     config = case.config
     return SafetyCost(
         case.engine, config.estimator, case.threads, config.population, config.segment, steps, with_both,
-        statistics.median(ratios), min(ratios), max(ratios), size, log // safe.step,
+        statistics.median(ratios), min(ratios), max(ratios), busy[0] / busy[1] - 1, size, log // safe.step,
     )  # fmt: skip
 
 

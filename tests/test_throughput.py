@@ -13,10 +13,10 @@ import pytest
 from helpers import assert_same
 from test_engines import CASES, inputs
 
-from eval import full_rank, safety, sampling_speed, throughput
+from eval import full_rank, safety, sampling_speed, scaling, throughput
 from eval.host import measure_host
 from eval.safety import measure_safety
-from intlm import cli, eggroll, fixedpoint
+from intlm import cli, fixedpoint
 from intlm.cli import main
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine import native
@@ -84,21 +84,6 @@ def test_a_benchmark_is_held_to_its_cores_and_then_let_go():
     with pytest.raises(ZeroDivisionError), throughput.limited_threads(1, "xla"):
         raise ZeroDivisionError
     assert os.sched_getaffinity(0) == before
-
-
-# --- votes left out -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("engine", ["reference", "xla"])
-@pytest.mark.parametrize("case", ["activation", "paper"])
-def test_scores_without_votes_are_the_same(case, engine):
-    arguments = inputs(case, 5, 0)
-    made = make_engine(engine, *CASES[case][:2])
-    _, statistics, state = made.population_step(*arguments)
-    votes, alone, state_alone = made.population_step(*arguments, votes=False)
-    assert votes == {}
-    assert_same(eggroll.of_scores(statistics), alone)
-    assert_same(state, state_alone)
 
 
 # --- peak ---------------------------------------------------------------------------------------------------
@@ -251,9 +236,28 @@ def test_safety(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_processes(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "ROUNDS", 1)
+    (row,) = json.loads(bench(
+        capsys, "--json", "--engine", FASTEST, "--processes", "2", "--threads", "1",
+        "--set", "estimator=activation",
+    ))  # fmt: skip
+    assert (row["processes"], row["threads"], row["population"]) == (2, 1, 8)
+    assert row["one"] > 0 and row["by_threads"] > 0
+    assert row["by_processes_range"] == [row["by_processes"]] * 2
+
+
+def test_a_run_of_processes_that_fails(tmp_path):
+    expected = "^--processes 1: a run failed: intlm: preset: unknown 'none'"
+    with pytest.raises(InputError, match=expected):
+        scaling._train(str(tmp_path), ["train", "none"], "name", 1, 1)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--processes", "1"], "--processes 1: must be from 2 to 256"),
+        (["--processes", "2", "--host"], "--host and --processes: give one of them"),
         (["--threads", "0"], "--threads 0: must be from 1 to 1024"),
         (["--threads", "x"], "--threads x: expected an integer"),
         (["--seconds", "-1"], "--seconds -1: must be a number from 0 to 3600"),
