@@ -29,8 +29,14 @@ class Faulty:
 
     def __init__(self) -> None:
         self.whole: dict[tuple[str, ...], Any] = {}
+        # What is killed must not leave half of something in a cache that others read.
+        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def run(self, home: Path, words: list[str], **fault: Any) -> dict[str, Any]:

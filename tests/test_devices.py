@@ -24,26 +24,26 @@ UNEVEN = {name: replace(config, population=22, pairs_per_lane=1) for name, confi
 """11 pairs divide into nothing."""
 
 
-def evaluated(engine, config, rows=slice(None)):
-    """A step's evaluation of some pairs, and their scores alone."""
+def evaluated(engine, config, rows=slice(None), kinds=(True, False)):
+    """A step's evaluation of some pairs, with votes (True) and without (False)."""
     state = start(config)
     tokens, shape = segments(config)[0][rows], state.recurrent.shape
     recurrent = (np.arange(state.recurrent.size).reshape(shape).astype(np.int8) // 2)[rows]
     parameters = Evolution(engine, MODEL, config, 3).parameters(state.masters, state.head_bias)
     values = parameters, noise.seed_key(5), state.scales, tokens, recurrent, 0
-    return jax.tree.map(np.asarray, [engine.population_step(*values, votes) for votes in (True, False)])
+    return jax.tree.map(np.asarray, [engine.population_step(*values, votes) for votes in kinds])
 
 
 # --- devices ------------------------------------------------------------------------------------------------
 
 
-def check_devices(estimator, count):
+def check_devices(estimator, count, kinds=(True,)):
     """What a process with several devices is asked to do."""
     from intlm.engine.xla import XlaEngine
 
     config = UNEVEN[estimator]
-    found = evaluated(XlaEngine(MODEL, config, devices=jax.devices()[:count]), config)
-    expected = evaluated(make_engine("reference", MODEL, config), config)
+    found = evaluated(XlaEngine(MODEL, config, devices=jax.devices()[:count]), config, kinds=kinds)
+    expected = evaluated(make_engine("reference", MODEL, config), config, kinds=kinds)
     for one, other in zip(expected, found, strict=True):
         assert_same(one, other)
 
@@ -51,30 +51,40 @@ def check_devices(estimator, count):
 def on_devices(*checks):
     """Run checks in a process with 8 devices: their number cannot be changed in this one."""
     script = "import sys, test_devices as t; [t.check_devices(*c) for c in eval(sys.argv[1])]"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    flags = {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(
         [sys.executable, "-c", script, repr(checks)], env=os.environ | flags, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
 
 
-@pytest.mark.parametrize(("estimator", "count"), [("activation", 3), ("weight", 8)])
-def test_devices_change_no_bit(estimator, count):
-    on_devices((estimator, count))
+COUNTS = (1, 2, 3, 4, 8)
+
+
+def test_devices_change_no_bit():
+    on_devices(*(("activation", count) for count in COUNTS), ("weight", 3))
 
 
 @pytest.mark.long
-def test_any_number_of_devices_changes_no_bit():
-    on_devices(*((estimator, count) for estimator in CONFIGS for count in (1, 2, 3, 4, 8)))
+def test_devices_change_no_bit_of_any_estimator():
+    on_devices(*((estimator, count, (True, False)) for estimator in CONFIGS for count in COUNTS))
 
 
 # --- processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    ("estimator", "exchange"), [("activation", "votes"), ("weight", "votes"), ("weight", "fitness")]
-)
+def parts():
+    for estimator, exchange in (("activation", "votes"), ("weight", "votes"), ("weight", "fitness")):
+        for engine in ENGINES:
+            # It compiles for each size of a part.
+            slow = [pytest.mark.long] if engine == "xla" and exchange == "votes" else []
+            yield pytest.param(engine, estimator, exchange, marks=slow)
+
+
+@pytest.mark.parametrize(("engine", "estimator", "exchange"), list(parts()))
 def test_parts_of_a_population_add_up(engine, estimator, exchange):
     """Three processes, whose sums are made one after another: the first two calls only say what they have."""
     config, processes = UNEVEN[estimator], 3
@@ -84,7 +94,8 @@ def test_parts_of_a_population_add_up(engine, estimator, exchange):
         first, count = share(config.lanes, processes, process % processes)
         calls = []
 
-        def total(values, process=process, calls=calls):
+        def total(parts, process=process, calls=calls):
+            values = np.concatenate(parts)
             calls.append(values)
             if process < processes:
                 spoken[len(calls) - 1].append(values)
@@ -105,7 +116,7 @@ def test_a_run_of_one_process_of_one():
     config = CONFIGS["activation"]
     inner = make_engine("reference", MODEL, config)
     states = []
-    for engine in (inner, DistributedEngine(inner, lambda values: values, 0, config.pairs)):
+    for engine in (inner, DistributedEngine(inner, np.concatenate, 0, config.pairs)):
         evolution, state = Evolution(engine, MODEL, config, 3), start(config)
         for tokens in segments(config):
             state, _ = evolution.step(state, tokens)

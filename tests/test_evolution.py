@@ -9,6 +9,7 @@ from helpers import assert_digest, assert_same
 from intlm import eggroll, evolution, model, noise
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine.engine import make_engine
+from intlm.engine.native import available_isas
 from intlm.evolution import Evolution
 
 MODEL = ModelConfig(width=64, layers=1, vocabulary=40, gate="identity", candidate="identity", mlp="relu2")
@@ -215,7 +216,8 @@ def test_it_learns_to_remember(estimator):
     count = 80
     text = np.tile(np.repeat(1 + np.random.default_rng(1).permutation(8), 2), 400)
     starts = np.arange(config.lanes) * 7
-    made = Evolution(make_engine("xla", MODEL, config), MODEL, config, count)
+    engine = make_engine("native" if available_isas() else "xla", MODEL, config)
+    made = Evolution(engine, MODEL, config, count)
     state = evolution.initial(MODEL, config, np.bincount(text, minlength=MODEL.vocabulary))
     scores = []
     for step in range(count):
