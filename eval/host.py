@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from eval.throughput import Case, limited_threads, seconds_of
+from eval.trial import try_out
 from intlm.engine.engine import Engine
 from intlm.evolution import EvolutionState
-from train.job import Job, Request, prepare
+from train.job import Job, Request
 from train.loop import train
 from train.report import Report
 from train.stop import StopSignal
@@ -92,11 +93,8 @@ def measure_host(preset: str, settings: tuple[str, ...], case: Case, seconds: fl
             preset, f"{home}/run", (str(text),), steps=1 << 20, engine=case.engine, settings=settings,
             threads=case.threads, checkpoint_every=1 << 20,
         )  # fmt: skip
-        job = prepare(request, lambda line: None)
-        # The engine and the update are compiled and warm before a step is timed.
-        state, _ = job.evolution.step(job.state, job.lanes.next_segment())
+        job, state, step = try_out(request)
         update = _update_seconds(job, state)
-        step = seconds_of(lambda: job.evolution.step(state, job.lanes.next_segment()), 0.5)
         steps = WARM_STEPS + max(10, int(seconds / step))
         job.config = dataclasses.replace(job.config, steps=steps)
         timed = _Timed(job.engine)

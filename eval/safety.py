@@ -2,6 +2,7 @@
 
 import statistics
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.throughput import Case, limited_threads, seconds_of
+from eval.throughput import Case, limited_threads
+from eval.trial import try_out
 from intlm.evolution import EvolutionState
-from train.job import Job, Request, prepare
+from train.job import Job, Request
 from train.saving import Saver
 
 ROUNDS = 9
@@ -24,8 +26,9 @@ class SafetyCost:
     """Seconds of a step with a history and a checkpoint for every block, over those without either, less one.
 
     Blocks of `steps` steps in turn, with and without, of the same run. cost: the median over rounds; lowest and
-    highest: of the rounds. processor_cost: the same of the processor's seconds, on all cores together and over
-    all rounds, which other work on the machine disturbs less. history_bytes: bytes of a step.
+    highest: of the rounds. own_share: what the threads of the history and of the checkpoints, and the handing
+    over of a checkpoint, took of the processor's seconds in the blocks with both, which other work on the machine
+    does not disturb. history_bytes: bytes of a step.
     """
 
     engine: str
@@ -38,7 +41,7 @@ class SafetyCost:
     cost: float
     lowest: float
     highest: float
-    processor_cost: float
+    own_share: float
     checkpoint_bytes: int
     history_bytes: int
 
@@ -53,7 +56,7 @@ class SafetyCost:
             f"history ({self.history_bytes:,} bytes a step) and a checkpoint ({self.checkpoint_bytes:,} bytes) "
             f"every {self.steps:,} steps ({self.block_seconds:.1f} s) cost {self.cost:.2%} "
             f"(median of {ROUNDS} rounds, {self.lowest:.2%} to {self.highest:.2%}), and "
-            f"{self.processor_cost:.2%} of processor time"
+            f"{self.own_share:.2%} of the processor's time went to them"
         )
 
 
@@ -71,12 +74,10 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
             settings=settings,
             threads=case.threads,
         )
-        job = prepare(request, lambda line: None)
-        state, _ = job.evolution.step(job.state, job.lanes.next_segment())
-        step = seconds_of(lambda: job.evolution.step(state, job.lanes.next_segment()), 0.5)
+        job, _, step = try_out(request)
         steps = max(10, int(seconds / step))
         ratios, with_both = [], 0.0
-        busy = [0.0, 0.0]
+        own = whole = 0.0
         safe = bare = job.state
         history = job.history
         assert history is not None
@@ -84,21 +85,22 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
             for _ in range(ROUNDS):
                 # The first step of a block takes what the other block has left behind.
                 safe, _ = _block(job, safe, 1, recorded=True)
-                started, used = time.perf_counter(), time.process_time()
+                started, own_before, whole_before = time.perf_counter(), _own_seconds(), time.process_time()
+                called = time.thread_time()
                 history.seal()
                 make = job.snapshot(safe)
                 assert make is not None
                 saver.save(safe.step, make, {})
+                own += time.thread_time() - called
                 safe, _ = _block(job, safe, steps, recorded=True)
                 history.seal()
                 history.sync()
                 with_both = time.perf_counter() - started
                 saver.finish()
-                busy[0] += time.process_time() - used
+                own += _own_seconds() - own_before
+                whole += time.process_time() - whole_before
                 bare, _ = _block(job, bare, 1, recorded=False)
-                used = time.process_time()
                 bare, without = _block(job, bare, steps, recorded=False)
-                busy[1] += time.process_time() - used
                 ratios.append(with_both / without - 1)
             size = job.run.checkpoint_path(saver.last or 0).stat().st_size
         log = sum(path.stat().st_size for path in Path(job.run.history_directory).iterdir())
@@ -106,8 +108,16 @@ def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: 
     config = case.config
     return SafetyCost(
         case.engine, config.estimator, case.threads, config.population, config.segment, steps, with_both,
-        statistics.median(ratios), min(ratios), max(ratios), busy[0] / busy[1] - 1, size, log // safe.step,
+        statistics.median(ratios), min(ratios), max(ratios), own / whole, size, log // safe.step,
     )  # fmt: skip
+
+
+def _own_seconds() -> float:
+    """Processor seconds that the threads of the history and of the checkpoints have had."""
+    mine = [thread for thread in threading.enumerate() if thread.name in ("intlm-history", "intlm-saver")]
+    return sum(
+        time.clock_gettime(time.pthread_getcpuclockid(thread.ident)) for thread in mine if thread.ident
+    )
 
 
 def _block(job: Job, state: EvolutionState, steps: int, recorded: bool) -> tuple[EvolutionState, float]:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.throughput import Case, seconds_of
+from eval.throughput import Case
+from eval.trial import try_out
 from intlm.errors import InputError
-from train.job import Request, prepare
+from train.job import Request
 
 ROUNDS = 3
 LEAST_STEPS = 4
@@ -74,9 +75,7 @@ def measure_scaling(
             settings=settings,
             threads=case.threads,
         )
-        job = prepare(request, lambda line: None)
-        state, _ = job.evolution.step(job.state, job.lanes.next_segment())
-        step = seconds_of(lambda: job.evolution.step(state, job.lanes.next_segment()), 0.5)
+        job, _, step = try_out(request)
         job.lanes.close()
         config = case.config
         steps = max(LEAST_STEPS, int(seconds / step))

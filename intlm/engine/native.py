@@ -1,7 +1,7 @@
 """The native engine: a fused evaluator in C++ for CPUs, with the instruction set chosen at run time.
 
 The library is compiled when the package is installed, where there is a C++ compiler, and loaded through ctypes.
-It evaluates the population, its votes and the plain model, makes the update, scores text and samples, all without JAX.
+It evaluates the population, votes and the plain model, makes the update, scores text and samples, without JAX.
 """
 
 import ctypes
