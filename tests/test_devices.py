@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_evolution import CONFIGS, MODEL, contents, segments, start
 
-from intlm import noise
+from intlm import checkpoint, noise
 from intlm.engine.distributed import DistributedEngine, from_limbs, share, to_limbs
 from intlm.engine.engine import make_engine
 from intlm.engine.native import available_isas
@@ -48,9 +48,23 @@ def check_devices(estimator, count, kinds=(True,)):
         assert_same(one, other)
 
 
+def check_checkpoint(estimator, count):
+    """The bytes of a checkpoint after a step on so many devices, and on the reference engine."""
+    from intlm.engine.xla import XlaEngine
+
+    config, made = UNEVEN[estimator], []
+    for engine in (
+        make_engine("reference", MODEL, config),
+        XlaEngine(MODEL, config, devices=jax.devices()[:count]),
+    ):
+        state, _ = Evolution(engine, MODEL, config, 3).step(start(config), segments(config)[0])
+        made.append(b"".join(checkpoint.encode(checkpoint.Checkpoint(contents(state), {"step": 1}))))
+    assert made[0] == made[1]
+
+
 def on_devices(*checks):
     """Run checks in a process with 8 devices: their number cannot be changed in this one."""
-    script = "import sys, test_devices as t; [t.check_devices(*c) for c in eval(sys.argv[1])]"
+    script = "import sys, test_devices as t; [getattr(t, f)(*c) for f, *c in eval(sys.argv[1])]"
     flags = {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -65,12 +79,16 @@ COUNTS = (1, 2, 3, 4, 8)
 
 
 def test_devices_change_no_bit():
-    on_devices(*(("activation", count) for count in COUNTS), ("weight", 3))
+    on_devices(
+        *(("check_checkpoint", "activation", count) for count in COUNTS), ("check_devices", "weight", 3)
+    )
 
 
 @pytest.mark.long
 def test_devices_change_no_bit_of_any_estimator():
-    on_devices(*((estimator, count, (True, False)) for estimator in CONFIGS for count in COUNTS))
+    on_devices(
+        *(("check_devices", estimator, count, (True, False)) for estimator in CONFIGS for count in COUNTS)
+    )
 
 
 # --- processes ----------------------------------------------------------------------------------------------
