@@ -570,6 +570,7 @@ def _train(parsed: argparse.Namespace) -> int:
     words = {name: value for name, value in vars(parsed).items() if name != "command"}
     member = membership(*(words.pop(name, None) for name in CLUSTER_FLAGS))
     # Below, since these import JAX.
+    from intlm.engine.engine import has_accelerators
     from intlm.engine.native import why_not_fast
     from train.job import Request, claimed, prepare
     from train.loop import train
@@ -611,6 +612,10 @@ def _train(parsed: argparse.Namespace) -> int:
             print(f"intlm: {note}", file=sys.stderr)
         if parsed.engine == "auto" and job.engine.name != "native":
             print(f"intlm: {why_not_fast()}", file=sys.stderr)
+        elif parsed.engine == "auto" and has_accelerators():
+            print(
+                "intlm: computing on the CPU; --engine xla computes on JAX's other devices", file=sys.stderr
+            )
         if job.state.step >= config.steps:
             _write(
                 f"{job.run.directory}: done already, {config.steps} steps; a new run needs another --run\n"

@@ -242,6 +242,24 @@ def test_engines_agree(home: Path, short: bytes) -> None:
     assert last(home, "xla") == short
 
 
+@pytest.mark.skipif(len(available_isas()) < 2, reason="the native engine is not what auto takes here")
+def test_a_gpu_that_is_not_used_is_told_of(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "jax_plugins").mkdir()
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    for platforms, expected in (
+        ("", b"intlm: computing on the CPU; --engine xla computes on JAX's"),
+        ("cpu", b""),
+    ):
+        process = start(
+            home,
+            [*SHORT[:-2], "--steps", "1", "--run", f"plugin-{platforms}"],
+            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": platforms},
+        )
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert err.startswith(expected) and bool(err) == bool(expected)
+
+
 def test_engines_agree_on_the_weight_estimator(home: Path) -> None:
     run(home, *SHORT, *WEIGHT, *REFERENCE, "--run", "weight-reference")
     run(home, *SHORT, *WEIGHT, *XLA, "--run", "weight-xla")

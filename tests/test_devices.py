@@ -49,17 +49,30 @@ def check_devices(estimator, count, kinds=(True,)):
 
 
 def check_checkpoint(estimator, count):
-    """The bytes of a checkpoint after a step on so many devices, and on the reference engine."""
+    """The bytes of a checkpoint after two steps on so many devices, and on the reference engine.
+
+    What the first step has compiled serves the second.
+    """
     from intlm.engine.xla import XlaEngine
 
-    config, made = UNEVEN[estimator], []
+    config, made, compiled = UNEVEN[estimator], [], []
+
+    def listen(event, _, **__):
+        compiled.extend([event] * ("backend_compile" in event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     for engine in (
         make_engine("reference", MODEL, config),
         XlaEngine(MODEL, config, devices=jax.devices()[:count]),
     ):
-        state, _ = Evolution(engine, MODEL, config, 3).step(start(config), segments(config)[0])
-        made.append(b"".join(checkpoint.encode(checkpoint.Checkpoint(contents(state), {"step": 1}))))
+        evolution, state = Evolution(engine, MODEL, config, 3), start(config)
+        for tokens in segments(config)[:2]:
+            before = len(compiled)
+            state, _ = evolution.step(state, tokens)
+        assert len(compiled) == before
+        made.append(b"".join(checkpoint.encode(checkpoint.Checkpoint(contents(state), {"step": 2}))))
     assert made[0] == made[1]
+    assert compiled
 
 
 def on_devices(*checks):

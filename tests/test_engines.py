@@ -121,6 +121,15 @@ def test_population_step_gives_the_same_bits(case, seed, corruption, first_pair)
     assert state.min() >= -127
 
 
+def test_what_xla_does_on_gpus_gives_the_same_bits(monkeypatch):
+    """Large chunks, and projections apart from the matmuls; here on a CPU."""
+    case = "weight, gaussian, rank 2"
+    arguments = inputs(case, 3, 0)
+    engine = XlaEngine(*CASES[case][:2])
+    monkeypatch.setattr(engine, "_on_cpu", False)
+    assert_same(engines(case)[0].population_step(*arguments), engine.population_step(*arguments))
+
+
 @pytest.mark.parametrize("case", ["activation", "paper"])
 def test_scores_without_votes_are_the_same(case):
     arguments = inputs(case, 5, 0)

@@ -1,6 +1,7 @@
 """The seam between what is evaluated and how: the protocol of an engine, and the choice of one."""
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -148,6 +149,14 @@ def limit_xla_threads(threads: int) -> None:
     variable is the one way there is.
     """
     os.environ["NPROC"] = str(threads)
+
+
+def has_accelerators() -> bool:
+    """Whether JAX is installed here with a plugin for devices other than the CPU, and may use it.
+
+    Looked up without starting JAX. Whether the machine has such a device only JAX can tell.
+    """
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and importlib.util.find_spec("jax_plugins") is not None
 
 
 def make_engine(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intlm import eggroll, fixedpoint
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
@@ -38,8 +38,11 @@ from intlm.model import (
     shapes,
 )
 
-CHUNK_BYTES = 4 << 20
-"""What a chunk's largest intermediate should take: it has to stay in the cache."""
+CHUNK_BYTES = {"cpu": 4 << 20}
+"""What a chunk's largest intermediate should take, by platform: on a CPU it has to stay in the cache."""
+
+LARGE_CHUNK_BYTES = 1 << 30
+"""The same on any other platform. A GPU is fast with few large operations."""
 
 SLICE_PAIRS = 2048
 """Pairs evaluated by a device in one compiled call; a larger population takes several, and its memory stays
@@ -96,8 +99,9 @@ class _Weight(_Plain):
     """The estimator `weight`; members are [T, 2, n, ...]. Noise: A [n, r, M] and B [n, r, K] of a matrix under
     `a.<name>` and `b.<name>`, a vector's [n, D] under its name."""
 
-    def __init__(self, config: EggrollConfig, model: ModelConfig):
-        self.config, self.model = config, model
+    def __init__(self, config: EggrollConfig, model: ModelConfig, joined: bool = True):
+        """joined: projections are columns of the matrices' matmul, which suits CPUs."""
+        self.config, self.model, self.joined = config, model, joined
 
     def noise(self, key: jax.Array, rows_P: jax.Array, segment: int) -> tuple[Tree, Tree]:
         """The noise of the layers [P, L, ...] and of what has no layer [P, ...]."""
@@ -128,25 +132,44 @@ class _Weight(_Plain):
     def linear(
         self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
     ) -> list[jax.Array]:
-        """The projections x.B ride along in the matmul: all pairs' B are extra outputs, of which each member
-        keeps its own pair's. That costs n * rank columns, and far less than a reduction of its own."""
+        plain, projections = (self._joined if self.joined else self._apart)(names, weights, x, noise)
+        result = []
+        for name, accumulator, projection in zip(names, plain, projections, strict=True):
+            change = sum(
+                eggroll.matrix_perturbation(self.config, projection[..., r, None], noise[f"a.{name}"][:, r])
+                for r in range(self.config.rank)
+            )
+            result.append(accumulator + _SIGN[:, None, None] * change)
+        return result
+
+    def _joined(
+        self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The plain accumulators, and the projections x.B: int32 [..., rank].
+
+        The projections ride along in the matmul: all pairs' B are extra outputs, of which each member keeps its
+        own pair's. On a CPU that costs far less than a reduction of its own, on a GPU far more.
+        """
         b = [noise[f"b.{name}"].reshape(-1, x.shape[-1]) for name in names]
         sizes = [w.shape[0] for w in weights] + [v.shape[0] for v in b]
         joined = _dot(x, jnp.concatenate([*weights, *b]))
         parts = jnp.split(joined, np.cumsum(sizes)[:-1].tolist(), axis=-1)
         n, rank = noise[f"b.{names[0]}"].shape[:2]
         own = jnp.eye(n, dtype=jnp.int32)[:, :, None]
-        result = []
-        for name, accumulator, crossed in zip(names, parts[: len(names)], parts[len(names) :], strict=True):
-            projection = jnp.sum(
-                crossed.reshape(*crossed.shape[:-1], n, rank) * own, axis=-2, dtype=jnp.int32
-            )
-            change = sum(
-                eggroll.matrix_perturbation(self.config, projection[..., r, None], noise[f"a.{name}"][:, r])
-                for r in range(rank)
-            )
-            result.append(accumulator + _SIGN[:, None, None] * change)
-        return result
+        return parts[: len(names)], [
+            jnp.sum(crossed.reshape(*crossed.shape[:-1], n, rank) * own, axis=-2, dtype=jnp.int32)
+            for crossed in parts[len(names) :]
+        ]
+
+    def _apart(
+        self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The same, the projections as sums of products."""
+        wide = x.astype(jnp.int32)[..., None, :]
+        projections = [
+            jnp.sum(wide * noise[f"b.{name}"].astype(jnp.int32), axis=-1, dtype=jnp.int32) for name in names
+        ]
+        return _Plain.linear(self, names, weights, x, noise), projections
 
     def recurrent(self, name: str, weight: jax.Array, h: jax.Array, noise: Tree) -> jax.Array:
         """One token's members are a [2, n, D] input like any other."""
@@ -318,8 +341,11 @@ class XlaEngine:
         check_bounds(model, config)
         self.model, self.config = model, config
         widest = max(8 * model.width, 2 * model.vocabulary)
-        self.chunk = chunk or max(4, min(64, CHUNK_BYTES // (config.segment * widest * 4)))
         self.devices = list(jax.local_devices() if devices is None else devices)
+        self._mesh = Mesh(np.array(self.devices), (AXIS,))
+        self._on_cpu = self.devices[0].platform == "cpu"
+        size = CHUNK_BYTES.get(self.devices[0].platform, LARGE_CHUNK_BYTES) // (config.segment * widest * 4)
+        self.chunk = chunk or max(4, min(64 if self._on_cpu else SLICE_PAIRS, size))
         evaluate = self._population_slice if len(self.devices) == 1 else self._sharded_slice
         self._population = self.compile(evaluate)
         self._scores = self.compile(partial(evaluate, votes=False))
@@ -327,11 +353,15 @@ class XlaEngine:
         self._score = self.compile(self._score_all)
         self._fitness_votes = self.compile(self._fitness_votes_slice)
         self._embedding_votes = self.compile(self._embedding_votes_slice)
-        self.advance = self.compile(partial(eggroll.advance, config, model))
+        self._advance = self.compile(partial(eggroll.advance, config, model))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` traced and compiled."""
         return jit(function)
+
+    def advance(self, *arguments: Any) -> Any:
+        """See `Engine.advance`."""
+        return self._advance(*self._placed(*arguments))
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""
@@ -370,12 +400,19 @@ class XlaEngine:
         parts = []
         pairs = SLICE_PAIRS * len(self.devices)
         for start in range(0, tokens.shape[0], pairs):
-            stop = start + pairs
-            first = np.int32(first_pair + start)
-            parts.append(evaluate(parameters, key, scales, tokens[start:stop], state[start:stop], first))
+            rows = np.s_[start : start + pairs]
+            placed = self._placed(parameters, key, scales, tokens[rows], state[rows])
+            parts.append(evaluate(*placed, np.int32(first_pair + start)))
             if len(parts) == 2:
                 parts = [self._add(*parts)]
         return parts[0]
+
+    def _placed(self, *arguments: Any) -> Any:
+        """The arguments of a call, lying on the devices as in every other call: else XLA compiles it again."""
+        if len(self.devices) == 1:
+            return arguments
+        with jax.enable_x64(True):
+            return jax.device_put(arguments, NamedSharding(self._mesh, PartitionSpec()))
 
     def _add(self, one: Any, other: Any) -> Any:
         with jax.enable_x64(True):
@@ -415,7 +452,7 @@ class XlaEngine:
         everywhere, parts = PartitionSpec(), PartitionSpec(AXIS)
         made, statistics, fitness, after = jax.shard_map(
             evaluate,
-            mesh=Mesh(np.array(self.devices), (AXIS,)),
+            mesh=self._mesh,
             in_specs=(everywhere, everywhere, everywhere, parts, parts, everywhere),
             out_specs=(everywhere, everywhere, parts, parts),
             check_vma=False,
@@ -441,7 +478,7 @@ class XlaEngine:
         activation = self.config.estimator == "activation"
         pairs, segment = tokens_PxT1.shape[0], tokens_PxT1.shape[1] - 1
         rows_P = jnp.arange(pairs, dtype=jnp.int32) + first_pair
-        perturbed = (_Activation if activation else _Weight)(self.config, self.model)
+        perturbed = (_Activation if activation else _Weight)(self.config, self.model, self._on_cpu)
         noise = perturbed.noise(jnp.asarray(key), rows_P, segment)
         evaluate = partial(self._chunk, parameters, scales, perturbed, votes)
         chunk = min(self.chunk, pairs)
@@ -661,8 +698,12 @@ class XlaEngine:
 
 
 def _outer(a_PxM: jax.Array, b_PxK: jax.Array) -> jax.Array:
-    """The sum over pairs of A B^T: int32 [M, K]."""
-    return _dot(a_PxM.T, b_PxK.T)
+    """The sum over pairs of A B^T: int32 [M, K].
+
+    Pairs of zeros fill it up to a multiple of four: of other numbers XLA makes wrong sums on GPUs.
+    """
+    filled = ((0, -a_PxM.shape[0] % 4), (0, 0))
+    return _dot(jnp.pad(a_PxM, filled).T, jnp.pad(b_PxK, filled).T)
 
 
 def _where(exists_P: jax.Array, x: jax.Array) -> jax.Array:
