@@ -4,7 +4,12 @@
 #include "preamble.inc"
 
 namespace scalar {
-constexpr int DOT_EXCESS = 0, WEIGHTS_EXCESS = 0, PAIR_LIMIT = 256, COLUMNS = 4;
+#ifdef INTLM_EMULATED_TILES
+constexpr int WEIGHTS_EXCESS = 128;
+#else
+constexpr int WEIGHTS_EXCESS = 0;
+#endif
+constexpr int DOT_EXCESS = 0, PAIR_LIMIT = 256, COLUMNS = 4;
 constexpr bool PAIRS_SATURATE = false;
 // `r[i] = expression` for the numbers i of each block of sixteen bytes of r; a and b are the operands' blocks.
 #define INTLM_BLOCKS(To, name, From, expression)                           \
@@ -83,4 +88,7 @@ INLINE uint32_t top_bits(v16 x) {
 template <class V> INLINE V with_sign(V c, V x) { return c * x; }  // x is -1 or 1
 }  // namespace scalar
 #include "bytes.inc"
+#ifdef INTLM_EMULATED_TILES
+#include "tiles.inc"
+#endif
 #include "population.inc"
