@@ -12,6 +12,7 @@ import numpy as np
 
 from eval.throughput import Case, limited_threads
 from eval.trial import try_out
+from intlm.errors import InputError
 from intlm.evolution import EvolutionState
 from train.job import Job, Request
 from train.saving import Saver
@@ -63,8 +64,11 @@ class SafetyCost:
 def measure_safety(preset: str, settings: tuple[str, ...], case: Case, seconds: float) -> SafetyCost:
     """Train in a directory of its own, on the standard library, in blocks of about `seconds`.
 
-    preset, settings: those that `case.config` was made of.
+    preset, settings: those that `case.config` was made of. Raises InputError where the system does not tell the
+    processor time of single threads (macOS).
     """
+    if not hasattr(time, "pthread_getcpuclockid"):
+        raise InputError("--safety: this system does not tell the processor time of single threads")
     with tempfile.TemporaryDirectory() as home, limited_threads(case.threads, case.engine):
         request = Request(
             preset,

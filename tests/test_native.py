@@ -168,25 +168,33 @@ print("all agree")
     assert done.returncode == 0 and "all agree" in done.stdout, done.stderr[-3000:]
 
 
+EMULATED = "-DINTLM_EMULATED_TILES"
+# The matmul of AMX, with its eight tile instructions in plain C++; without AVX512 all else is too.
+TILES = "amx" if "avx512" in ISAS else "scalar"
+
+
+def flags_of(isa, emulated, *every):
+    """Of each source that an instruction set needs."""
+    own = {"avx2": ["-mavx2"], "avx512": AVX512, "amx": AVX512}.get(isa, [])
+    tiles = [EMULATED] if emulated else []
+    others = [*every, *(tiles if isa == "amx" else [])]
+    return {isa: [*every, *tiles, *own], "peak": others, "dispatch": others}
+
+
 def test_tiles_give_the_same_bits_where_the_processor_has_none(tmp_path):
-    """The matmul of AMX, with its eight tile instructions in plain C++; without AVX512 all else is too."""
-    emulated, isa = "-DINTLM_EMULATED_TILES", "amx" if "avx512" in ISAS else "scalar"
-    flags = {"amx": [emulated, *AVX512], "peak": [emulated], "dispatch": [emulated]}
-    library = build(tmp_path, flags if isa == "amx" else {"scalar": [emulated], "peak": [], "dispatch": []})
-    compare_in_a_process(library, isa, {"INTLM_ISA": isa}, 3, sampler=False)
+    library = build(tmp_path, flags_of(TILES, emulated=True))
+    compare_in_a_process(library, TILES, {"INTLM_ISA": TILES}, 3, sampler=False)
 
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("isa", [*ISAS, *(["amx"] if "avx512" in ISAS and "amx" not in ISAS else [])])
+@pytest.mark.parametrize("isa", [*[isa for isa in ISAS if isa != "amx"], "tiles"])
 def test_under_the_address_and_undefined_behaviour_sanitizers(isa, tmp_path):
-    """Where the processor has no tiles, those are emulated."""
-    own = {"avx2": ["-mavx2"], "avx512": AVX512, "amx": AVX512}.get(isa, [])
-    emulated = ["-DINTLM_EMULATED_TILES"] if isa == "amx" else []
-    names = [isa, "peak", "dispatch"]
-    library = build(tmp_path, {name: [*SANITIZE, *emulated, *(own if name == isa else [])] for name in names})
+    """Tiles are emulated: sanitizers do not see what real ones read and write."""
+    emulated, isa = isa == "tiles", TILES if isa == "tiles" else isa
+    library = build(tmp_path, flags_of(isa, emulated, *SANITIZE))
     ask = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libubsan.so")]
     runtime = [
         subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip() for words in ask

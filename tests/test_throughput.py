@@ -225,6 +225,12 @@ def test_host(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_safety_where_threads_have_no_clock(monkeypatch):
+    monkeypatch.delattr("time.pthread_getcpuclockid", raising=False)
+    with pytest.raises(InputError, match="--safety: this system does not tell the processor time"):
+        measure_safety("tiny", (), throughput.Case("reference", 1, EggrollConfig()), 0.0)
+
+
 def test_safety(capsys, monkeypatch):
     monkeypatch.setattr(safety, "ROUNDS", 2)
     config = EggrollConfig(population=8, segment=4)
