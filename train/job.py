@@ -236,7 +236,7 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
     lanes = make_lanes(config, text, tokenizer, None, cluster)
     resumed = run is not None
-    found = run.checkpoints()[::-1] if run else []
+    found = run is not None and bool(run.checkpoints())
     if found:
         state = zeros(config.model, config.eggroll)  # a checkpoint has the values, and may lack the shapes
     else:
@@ -252,54 +252,11 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
     if run:
         figures = _read_baselines(directory / "baselines.json")
     else:
-        figures = dataclasses.asdict(baselines(text.train, text.held_out))
-        try:
-            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            tokenizer.save(directory)
-        except OSError as error:
-            raise InputError(f"--run {directory}: cannot be made: {error.strerror or error}") from error
-        files = {
-            "baselines.json": (json.dumps(figures, indent=2) + "\n").encode(),
-            DATA: encode_fingerprints(text.fingerprints()),
-        }
-        run = Run.create(directory, config.as_dict(), files)
+        run, figures = _new_run(directory, config, text, tokenizer)
     _check_writable(directory)
     notes: list[str] = []
-    damages: list[DamagedError] = []
     if found:
-        try:
-            latest, (state, meta), damages = read_newest(
-                found, lambda path: restore(path, config, tokenizer, state)
-            )
-        except DamagedError as error:
-            raise InputError(
-                f"{error}; no whole checkpoint is left to go on from: restore one, or name a new run with --run"
-            ) from error
-        position = meta["position"]
-        changed = text.changes(run.fingerprints, meta["text"])
-        if changed and not request.accept_changed_data:
-            raise InputError(
-                f"{changed[0]} since {latest} was written; restore it, go on all the same with "
-                "--accept-changed-data, or start another run with --run"
-            )
-        try:
-            if changed:
-                notes += [
-                    f"{change}; going on, to other bits and scores of another text" for change in changed
-                ]
-                position["sources"], lost = text.settled(position["sources"])
-                notes += lost
-            lanes = make_lanes(config, text, tokenizer, position, cluster)
-        except SourceUnavailable:
-            raise
-        except (InputError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{latest}: its position is damaged: {error}") from error
-        if changed:
-            run.keep_fingerprints(text.fingerprints())
-        if damages:
-            notes.append(f"{'; '.join(map(str, damages))}; going on from {latest} instead")
-        for path in found[: len(damages)]:
-            _set_aside(path)
+        latest, state, lanes, notes = _restored(request, run, config, text, tokenizer, state, cluster)
     elif resumed:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
@@ -327,12 +284,77 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
         lanes=lanes,
         state=state,
         baselines=figures,
-        resumed=bool(found),
+        resumed=found,
         notes=notes,
         history=history,
         before_checkpoint=[] if history is None else [history.sync],
         cluster=cluster,
     )
+
+
+def _new_run(
+    directory: Path, config: RunConfig, text: Text, tokenizer: Tokenizer
+) -> tuple[Run, dict[str, Any]]:
+    """A directory of all that a run is made of before its first step, and its baselines."""
+    figures = dataclasses.asdict(baselines(text.train, text.held_out))
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        tokenizer.save(directory)
+    except OSError as error:
+        raise InputError(f"--run {directory}: cannot be made: {error.strerror or error}") from error
+    files = {
+        "baselines.json": (json.dumps(figures, indent=2) + "\n").encode(),
+        DATA: encode_fingerprints(text.fingerprints()),
+    }
+    return Run.create(directory, config.as_dict(), files), figures
+
+
+def _restored(
+    request: Request,
+    run: Run,
+    config: RunConfig,
+    text: Text,
+    tokenizer: Tokenizer,
+    like: EvolutionState,
+    cluster: Cluster | None,
+) -> tuple[Path, EvolutionState, Lanes, list[str]]:
+    """The newest whole checkpoint, its state, lanes at its position, and what a person is told about it.
+
+    Those that are damaged are set aside, once it is sure that the run goes on.
+    """
+    found = run.checkpoints()[::-1]
+    try:
+        latest, (state, meta), damages = read_newest(
+            found, lambda path: restore(path, config, tokenizer, like)
+        )
+    except DamagedError as error:
+        raise InputError(
+            f"{error}; no whole checkpoint is left to go on from: restore one, or name a new run with --run"
+        ) from error
+    position, notes = meta["position"], []
+    changed = text.changes(run.fingerprints, meta["text"])
+    if changed and not request.accept_changed_data:
+        raise InputError(
+            f"{changed[0]} since {latest} was written; restore it, go on all the same with "
+            "--accept-changed-data, or start another run with --run"
+        )
+    try:
+        if changed:
+            notes += [f"{change}; going on, to other bits and scores of another text" for change in changed]
+            position["sources"], lost = text.settled(position["sources"])
+            notes += lost
+        lanes = make_lanes(config, text, tokenizer, position, cluster)
+    except SourceUnavailable:
+        raise
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{latest}: its position is damaged: {error}") from error
+    if changed:
+        run.keep_fingerprints(text.fingerprints())
+    if damages:
+        notes.append(f"{'; '.join(map(str, damages))}; going on from {latest} instead")
+    for path in found[: len(damages)]:
+        _set_aside(path)
+    return latest, state, lanes, notes
 
 
 def _check_writable(directory: Path) -> None:
