@@ -22,7 +22,7 @@ import struct
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +35,7 @@ from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine.engine import Engine
 from intlm.errors import InputError
 from intlm.model import TRAINED, Parameters
+from intlm.trouble import Trouble, Warn, warn_plainly
 from intlm.untrusted import refuse_holes
 
 if sys.version_info >= (3, 14):
@@ -384,7 +385,7 @@ class Recorder:
     """Appends every step of a run to the log in a directory, in a thread of its own.
 
     A log that cannot be written, as on a full disk, stops; the checkpoint after that starts it again with a new
-    segment, and the steps in between are missing in it. `trouble` is then told a line, once until it works again.
+    segment, and the steps in between are missing in it. `warn` is told when it stops and when it starts again.
     """
 
     def __init__(
@@ -394,12 +395,12 @@ class Recorder:
         config: EggrollConfig,
         meta: dict[str, Any],
         limit: int,
-        trouble: Callable[[str], None],
+        warn: Warn = warn_plainly,
     ):
         """meta: what identifies the run, for each base. limit: bytes of the whole log, beyond which the oldest
         segments are dropped."""
         self.directory, self.meta, self.limit = directory, meta, limit
-        self._model, self._config, self._trouble = model_config, config, trouble
+        self._model, self._config, self._trouble = model_config, config, Trouble(warn)
         self._followed = [name for name in TRAINED if not Track.keeps_masters(config, name)]
         self._queue: queue.Queue[Any] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
@@ -409,7 +410,6 @@ class Recorder:
         self._file: BinaryIO | None = None
         self._size = self._base_size = 0
         self._flat: np.ndarray | None = None
-        self._told = False
 
     def start(self, step: int, masters: dict[str, Any], parameters: Parameters) -> None:
         """Go on from the state after `step` steps: drop what the log has of later ones."""
@@ -502,7 +502,7 @@ class Recorder:
                 return
         if last is not None:
             self._begin(last)
-            self._told = False
+            self._trouble.ends(f"{self.directory}: the history is written again, from step {last.number} on")
             self._drop()
 
     def _look_for_room(self) -> None:
@@ -572,10 +572,8 @@ class Recorder:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if not self._told:
-            self._told = True
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            self._trouble(
-                f"{self.directory}: the history cannot be written: {reason}; training goes on, and the history "
-                "from the next checkpoint on that finds it can"
-            )
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        self._trouble.begins(
+            f"{self.directory}: the history cannot be written: {reason}; training goes on, and the history "
+            "from the next checkpoint on that finds it can"
+        )

@@ -324,6 +324,7 @@ def test_a_full_disk_stops_the_log_but_not_the_run(here, taken, monkeypatch, cap
     told = capsys.readouterr().err
     if failing <= STEPS:
         assert told.count("the history cannot be written: No space left on device") == 1
+    assert told.count("the history is written again, from step ") == (failing <= STEPS)
     found = verdict(capsys, failing <= STEPS)
     assert found["last"] == STEPS
     assert len(found["faults"]) == (failing <= STEPS)

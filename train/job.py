@@ -25,6 +25,7 @@ from intlm.engine.engine import Engine, make_engine
 from intlm.errors import DamagedError, InputError, brief, shown
 from intlm.evolution import Evolution, EvolutionState, initial, zeros
 from intlm.history import Recorder
+from intlm.trouble import Warn, warn_plainly
 from intlm.untrusted import parse_json, read_file
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, open_tokenizer
 from train import together
@@ -35,7 +36,6 @@ from train.lanes import Lanes
 from train.lock import LOCK, Lock, is_ours, locked
 from train.run import CHECKOUTS, DATA, RUNS, Run, differences, encode_fingerprints, read_newest
 from train.text import Text, evaluated, load_text
-from train.trouble import Warn, warn_plainly
 
 DEFAULT_PRESET = "small"
 DEFAULT_MINUTES = "5"

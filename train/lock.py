@@ -15,8 +15,8 @@ from typing import Any
 
 from intlm.checkpoint import sync_directory
 from intlm.errors import InputError
+from intlm.trouble import Warn, warn_plainly
 from intlm.untrusted import parse_json, read_file
-from train.trouble import Warn, warn_plainly
 
 LOCK = "lock"
 LARGEST = 4096

@@ -16,8 +16,8 @@ import numpy as np
 
 from intlm.checkpoint import replace_file, unused_name
 from intlm.errors import InputError
+from intlm.trouble import Trouble, Warn, warn_plainly
 from intlm.untrusted import parse_json, read_file
-from train.trouble import Trouble, Warn, warn_plainly
 
 HELD_OUT = "held_out_bits_per_byte"
 """The value of an evaluation's line."""

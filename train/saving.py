@@ -12,8 +12,8 @@ from types import TracebackType
 
 from intlm.checkpoint import Checkpoint, encode, replace_file
 from intlm.errors import InputError
+from intlm.trouble import Trouble, Warn, warn_plainly
 from train.run import Run
-from train.trouble import Trouble, Warn, warn_plainly
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RETRY_SECONDS = 30

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from intlm.errors import InputError
-from train.trouble import Trouble, Warn, warn_plainly
+from intlm.trouble import Trouble, Warn, warn_plainly
 
 # Every curve whose tag starts so is drawn in one chart, to be compared with the baselines.
 BITS_PER_BYTE = "bits_per_byte/"
