@@ -55,9 +55,14 @@ Tree = dict[str, jax.Array]
 
 
 def _dot(x: jax.Array, weight_MxK: jax.Array) -> jax.Array:
-    """x W^T: int8 [..., K] and int8 [M, K] to int32 [..., M]."""
-    flat = x.reshape(-1, x.shape[-1])
-    result = lax.dot_general(flat, weight_MxK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    """x W^T: int8 [..., K] and int8 [M, K] to int32 [..., M].
+
+    Zeros fill every size up to a multiple of four: where K is none, XLA makes wrong sums on GPUs.
+    """
+    flat_NxK = x.reshape(-1, x.shape[-1])
+    left, right = (jnp.pad(m, [(0, -size % 4) for size in m.shape]) for m in (flat_NxK, weight_MxK))
+    result = lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    result = result[: flat_NxK.shape[0], : weight_MxK.shape[0]]
     return result.reshape(*x.shape[:-1], weight_MxK.shape[0])
 
 
@@ -698,12 +703,8 @@ class XlaEngine:
 
 
 def _outer(a_PxM: jax.Array, b_PxK: jax.Array) -> jax.Array:
-    """The sum over pairs of A B^T: int32 [M, K].
-
-    Pairs of zeros fill it up to a multiple of four: of other numbers XLA makes wrong sums on GPUs.
-    """
-    filled = ((0, -a_PxM.shape[0] % 4), (0, 0))
-    return _dot(jnp.pad(a_PxM, filled).T, jnp.pad(b_PxK, filled).T)
+    """The sum over pairs of A B^T: int32 [M, K]."""
+    return _dot(a_PxM.T, b_PxK.T)
 
 
 def _where(exists_P: jax.Array, x: jax.Array) -> jax.Array:
