@@ -118,15 +118,14 @@ class _Weight(_Plain):
             b = eggroll.draw(config, eggroll.input_key(key, name, layer), rows_P, rank * k)
             return {f"a.{name}": a.reshape(pairs, rank, m), f"b.{name}": b.reshape(pairs, rank, k)}
 
-        layers = [
-            reduce(or_, (matrix(name, layer) for name in LAYER_MATRICES))
-            | self.vectors((*LAYER_NORMS, *LAYER_BIASES), key, rows_P, layer)
-            for layer in range(self.model.layers)
-        ]
-        own = matrix("embedding", 0) | matrix("head", 0) | self.vectors(("norm_output",), key, rows_P, 0)
-        return _stack(layers), own
+        def of_layer(layer: jax.Array) -> Tree:
+            every = reduce(or_, (matrix(name, layer) for name in LAYER_MATRICES))
+            return every | self.vectors((*LAYER_NORMS, *LAYER_BIASES), key, rows_P, layer)
 
-    def vectors(self, names: Sequence[str], key: jax.Array, rows_P: jax.Array, layer: int) -> Tree:
+        own = matrix("embedding", 0) | matrix("head", 0) | self.vectors(("norm_output",), key, rows_P, 0)
+        return _of_layers(self.model, of_layer), own
+
+    def vectors(self, names: Sequence[str], key: jax.Array, rows_P: jax.Array, layer: Any) -> Tree:
         """The noise of vectors: int8 [P, D]."""
         width = self.model.width
         return {
@@ -210,13 +209,12 @@ class _Activation(_Weight):
                 f"s.{site}": eggroll.draw(self.config, sign, rows_P, segment),
             }
 
-        layers = [
-            reduce(or_, (site(name, layer) for name in ("gate", "candidate", "mlp_in", "mlp_out")))
-            | self.vectors(LAYER_NORMS, key, rows_P, layer)
-            for layer in range(self.model.layers)
-        ]
+        def of_layer(layer: jax.Array) -> Tree:
+            every = reduce(or_, (site(name, layer) for name in ("gate", "candidate", "mlp_in", "mlp_out")))
+            return every | self.vectors(LAYER_NORMS, key, rows_P, layer)
+
         own = site("embedding", 0) | site("head", 0) | self.vectors(("norm_output",), key, rows_P, 0)
-        return _stack(layers), own
+        return _of_layers(self.model, of_layer), own
 
     def site(self, site: str, noise: Tree) -> jax.Array:
         """What a site adds to its accumulator: int32 [T, 2, n, M]."""
@@ -249,9 +247,9 @@ class _Activation(_Weight):
         return {name: x[:, 0].astype(jnp.int16) + x[:, 1] for name, x in inputs.items()}
 
 
-def _stack(layers: list[Tree]) -> Tree:
-    """One tree with a layer axis after the pairs: [P, L, ...]."""
-    return {name: jnp.stack([tree[name] for tree in layers], axis=1) for name in layers[0]}
+def _of_layers(model: ModelConfig, of_layer: Callable[[jax.Array], Tree]) -> Tree:
+    """One tree with a layer axis after the pairs: [P, L, ...]. What is made is compiled once for all layers."""
+    return jax.vmap(of_layer, out_axes=1)(jnp.arange(model.layers, dtype=jnp.uint32))
 
 
 def _sequence(
