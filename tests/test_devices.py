@@ -111,7 +111,7 @@ def parts():
     for estimator, exchange in (("activation", "votes"), ("weight", "votes"), ("weight", "fitness")):
         for engine in ENGINES:
             # It compiles for each size of a part.
-            slow = [pytest.mark.long] if engine == "xla" and exchange == "votes" else []
+            slow = [pytest.mark.long] if engine == "xla" else []
             yield pytest.param(engine, estimator, exchange, marks=slow)
 
 
