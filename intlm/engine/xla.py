@@ -57,7 +57,7 @@ Tree = dict[str, jax.Array]
 def _dot(x: jax.Array, weight_MxK: jax.Array) -> jax.Array:
     """x W^T: int8 [..., K] and int8 [M, K] to int32 [..., M].
 
-    Zeros fill every size up to a multiple of four: where K is none, XLA makes wrong sums on GPUs.
+    Zeros fill every size up to a multiple of four: of any other K, XLA can make wrong sums on GPUs.
     """
     flat_NxK = x.reshape(-1, x.shape[-1])
     left, right = (jnp.pad(m, [(0, -size % 4) for size in m.shape]) for m in (flat_NxK, weight_MxK))
