@@ -236,7 +236,7 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
     evaluator = Evaluator(engine, config.model, evaluated(text, tokenizer))
     lanes = make_lanes(config, text, tokenizer, None, cluster)
     resumed = run is not None
-    found = run is not None and bool(run.checkpoints())
+    found = run.checkpoints()[::-1] if run else []
     if found:
         state = zeros(config.model, config.eggroll)  # a checkpoint has the values, and may lack the shapes
     else:
@@ -256,7 +256,7 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
     _check_writable(directory)
     notes: list[str] = []
     if found:
-        latest, state, lanes, notes = _restored(request, run, config, text, tokenizer, state, cluster)
+        latest, state, lanes, notes = _restored(request, run, found, config, text, tokenizer, state, cluster)
     elif resumed:
         # Nothing has been made of the text yet.
         run.keep_fingerprints(text.fingerprints())
@@ -270,7 +270,7 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
     if request.history:
         meta = {"config": config.shown(), "tokenizer": tokenizer.digest, "text": text.digests}
         limit = request.history * 10**6
-        history = Recorder(run.history_directory, config.model, config.eggroll, meta, limit, warn_plainly)
+        history = Recorder(run.history_directory, config.model, config.eggroll, meta, limit)
     return Job(
         request=request,
         run=run,
@@ -284,7 +284,7 @@ def prepare(request: Request, say: Any, cluster: Cluster | None = None) -> Job:
         lanes=lanes,
         state=state,
         baselines=figures,
-        resumed=found,
+        resumed=bool(found),
         notes=notes,
         history=history,
         before_checkpoint=[] if history is None else [history.sync],
@@ -312,6 +312,7 @@ def _new_run(
 def _restored(
     request: Request,
     run: Run,
+    found: list[Path],
     config: RunConfig,
     text: Text,
     tokenizer: Tokenizer,
@@ -320,9 +321,9 @@ def _restored(
 ) -> tuple[Path, EvolutionState, Lanes, list[str]]:
     """The newest whole checkpoint, its state, lanes at its position, and what a person is told about it.
 
-    Those that are damaged are set aside, once it is sure that the run goes on.
+    found: all checkpoints, the newest first; like: a state of the same configuration. Damaged ones are set aside,
+    once it is sure that the run goes on.
     """
-    found = run.checkpoints()[::-1]
     try:
         latest, (state, meta), damages = read_newest(
             found, lambda path: restore(path, config, tokenizer, like)

@@ -38,11 +38,11 @@ from intlm.model import (
     shapes,
 )
 
-CHUNK_BYTES = {"cpu": 4 << 20}
-"""What a chunk's largest intermediate should take, by platform: on a CPU it has to stay in the cache."""
+CHUNK_BYTES = 4 << 20
+"""What a chunk's largest intermediate should take on a CPU: it has to stay in the cache."""
 
 LARGE_CHUNK_BYTES = 1 << 30
-"""The same on any other platform. A GPU is fast with few large operations."""
+"""The same elsewhere. A GPU is fast with few large operations."""
 
 SLICE_PAIRS = 2048
 """Pairs evaluated by a device in one compiled call; a larger population takes several, and its memory stays
@@ -155,9 +155,7 @@ class _Weight(_Plain):
         own pair's. On a CPU that costs far less than a reduction of its own, on a GPU far more.
         """
         b = [noise[f"b.{name}"].reshape(-1, x.shape[-1]) for name in names]
-        sizes = [w.shape[0] for w in weights] + [v.shape[0] for v in b]
-        joined = _dot(x, jnp.concatenate([*weights, *b]))
-        parts = jnp.split(joined, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+        parts = _Plain.linear(self, names, [*weights, *b], x, noise)
         n, rank = noise[f"b.{names[0]}"].shape[:2]
         own = jnp.eye(n, dtype=jnp.int32)[:, :, None]
         return parts[: len(names)], [
@@ -347,8 +345,8 @@ class XlaEngine:
         self.devices = list(jax.local_devices() if devices is None else devices)
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
         self._on_cpu = self.devices[0].platform == "cpu"
-        size = CHUNK_BYTES.get(self.devices[0].platform, LARGE_CHUNK_BYTES) // (config.segment * widest * 4)
-        self.chunk = chunk or max(4, min(64 if self._on_cpu else SLICE_PAIRS, size))
+        size, most = (CHUNK_BYTES, 64) if self._on_cpu else (LARGE_CHUNK_BYTES, SLICE_PAIRS)
+        self.chunk = chunk or max(4, min(most, size // (config.segment * widest * 4)))
         evaluate = self._population_slice if len(self.devices) == 1 else self._sharded_slice
         self._population = self.compile(evaluate)
         self._scores = self.compile(partial(evaluate, votes=False))
