@@ -46,7 +46,7 @@ def member_weights(
     """
 
     def perturbed(name: str, layer: int, weight: jax.Array) -> jax.Array:
-        noise = eggroll.draw(config, eggroll.output_key(key, name, layer), rows_n, weight.size)
+        noise = eggroll.draw(config, key, eggroll.output_stream(name), layer, rows_n, weight.size)
         shift = config.sigma_weight if weight.ndim > 1 else config.sigma_norm
         wide = noise.astype(jnp.int32) << shift
         change = wide if config.noise == "rademacher" else fixedpoint.rounding_shift(wide, 4)

@@ -75,30 +75,33 @@ def step_key(root: Array, step: Array) -> Array:
     return noise.fold(root, step, 0)
 
 
-def output_key(key: Array, name: str, layer: Array = 0) -> Array:
+def output_stream(name: str) -> int:
     """The stream of A (one number an output) of a parameter's perturbation, or of a vector's own."""
-    return noise.fold(key, 2 * TRAINED.index(name), layer)
+    return 2 * TRAINED.index(name)
 
 
-def input_key(key: Array, name: str, layer: Array = 0) -> Array:
+def input_stream(name: str) -> int:
     """The stream of B (one number an input) of a parameter's perturbation."""
-    return noise.fold(key, 2 * TRAINED.index(name) + 1, layer)
+    return 2 * TRAINED.index(name) + 1
 
 
-def direction_key(key: Array, site: str, layer: Array = 0) -> Array:
+def direction_stream(site: str) -> int:
     """The stream of A_s (one sign a unit, held for the segment) of a site."""
-    return noise.fold(key, 64 + 2 * SITES.index(site), layer)
+    return 64 + 2 * SITES.index(site)
 
 
-def sign_key(key: Array, site: str, layer: Array = 0) -> Array:
+def sign_stream(site: str) -> int:
     """The stream of the per-token signs of a site."""
-    return noise.fold(key, 65 + 2 * SITES.index(site), layer)
+    return 65 + 2 * SITES.index(site)
 
 
-def draw(config: EggrollConfig, key: Array, rows_N: Array, count: int) -> Array:
-    """Noise of the configured kind: int8 [N, count]."""
+def draw(config: EggrollConfig, key: Array, stream: Array, layer: Array, rows_N: Array, count: int) -> Array:
+    """Noise of the configured kind from a stream of a layer (0 for what has none): int8 [N, count].
+
+    key: the step's.
+    """
     kind = noise.rademacher if config.noise == "rademacher" else noise.gaussian
-    return kind(key, rows_N, count)
+    return kind(noise.fold(key, stream, layer), rows_N, count)
 
 
 # --- perturbations ------------------------------------------------------------------------------------

@@ -344,8 +344,8 @@ def test_without_a_perturbation_both_members_are_the_model(case, monkeypatch):
 def noise_of(config, key, name, layer, row, sizes):
     """A and B of one pair: int64 [r, M] and [r, K]."""
     made = []
-    for stream, size in zip((eggroll.output_key, eggroll.input_key), sizes, strict=True):
-        flat = noise.rademacher(stream(key, name, layer), np.array([row]), config.rank * size)
+    for stream, size in zip((eggroll.output_stream, eggroll.input_stream), sizes, strict=True):
+        flat = noise.rademacher(noise.fold(key, stream(name), layer), np.array([row]), config.rank * size)
         made.append(flat.reshape(config.rank, size).astype(np.int64))
     return made
 
@@ -361,7 +361,9 @@ def dense_member(case, arguments, row, sign):
         change = np.zeros_like(weight).reshape(layers, *shape[1:] if name in model.LAYER else shape)
         for layer in range(layers):
             if name in (*eggroll.NORMS, *model.LAYER_BIASES):
-                a = noise.rademacher(eggroll.output_key(key, name, layer), np.array([row]), config.width)[0]
+                a = noise.rademacher(
+                    noise.fold(key, eggroll.output_stream(name), layer), np.array([row]), config.width
+                )[0]
                 directions[name, layer] = a.astype(np.int64)
                 change[layer] = directions[name, layer] << eggroll_config.sigma_norm
             else:
@@ -429,13 +431,19 @@ def activation_member(case, arguments, row, sign):
         def perturb(name, layer, x, t=t):
             read.setdefault((name, layer), []).append(np.asarray(x).reshape(-1).astype(np.int64))
             if name in eggroll.NORMS:
-                a = noise.rademacher(eggroll.output_key(key, name, layer), np.array([row]), config.width)
+                a = noise.rademacher(
+                    noise.fold(key, eggroll.output_stream(name), layer), np.array([row]), config.width
+                )
                 return sign * a.astype(np.int32) * 2**eggroll_config.sigma_norm
             if name not in sites:
                 return 0
             site = sites[name]
-            a = noise.rademacher(eggroll.direction_key(key, site, layer), np.array([row]), size(config, site))
-            signs = noise.rademacher(eggroll.sign_key(key, site, layer), np.array([row]), segment)
+            a = noise.rademacher(
+                noise.fold(key, eggroll.direction_stream(site), layer), np.array([row]), size(config, site)
+            )
+            signs = noise.rademacher(
+                noise.fold(key, eggroll.sign_stream(site), layer), np.array([row]), segment
+            )
             step = 2 ** sigmas.get(site, eggroll_config.sigma_mlp)
             if site != "embedding":
                 step *= 2 ** fixedpoint.matmul_shift(4 * config.width if site == "mlp_out" else config.width)
@@ -475,15 +483,19 @@ def test_activation_is_credit_times_inputs(case, seed):
             for layer in range(config.layers if name in model.LAYER else 1):
                 where = layer if name in model.LAYER else ()
                 if name in eggroll.NORMS:
-                    stream = eggroll.output_key(key, name, layer)
+                    stream = noise.fold(key, eggroll.output_stream(name), layer)
                     a = noise.rademacher(stream, np.array([row]), config.width)[0].astype(np.int64)
                     accumulator = np.array([sum(credit)])
                 else:
                     site = eggroll.SITE_OF[name]
                     a = noise.rademacher(
-                        eggroll.direction_key(key, site, layer), np.array([row]), size(config, site)
+                        noise.fold(key, eggroll.direction_stream(site), layer),
+                        np.array([row]),
+                        size(config, site),
                     )[0].astype(np.int64)
-                    signs = noise.rademacher(eggroll.sign_key(key, site, layer), np.array([row]), segment)[0]
+                    signs = noise.rademacher(
+                        noise.fold(key, eggroll.sign_stream(site), layer), np.array([row]), segment
+                    )[0]
                     k = eggroll_config.horizon
                     if name.endswith("_recurrent"):
                         k = eggroll_config.horizon_recurrent

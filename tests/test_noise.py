@@ -143,12 +143,12 @@ def stream_keys(key, layers=3):
     keys = {}
     for name in model.TRAINED:
         for layer in range(layers):
-            keys["A", name, layer] = eggroll.output_key(key, name, layer)
-            keys["B", name, layer] = eggroll.input_key(key, name, layer)
+            keys["A", name, layer] = noise.fold(key, eggroll.output_stream(name), layer)
+            keys["B", name, layer] = noise.fold(key, eggroll.input_stream(name), layer)
     for site in eggroll.SITES:
         for layer in range(layers):
-            keys["direction", site, layer] = eggroll.direction_key(key, site, layer)
-            keys["sign", site, layer] = eggroll.sign_key(key, site, layer)
+            keys["direction", site, layer] = noise.fold(key, eggroll.direction_stream(site), layer)
+            keys["sign", site, layer] = noise.fold(key, eggroll.sign_stream(site), layer)
     return keys
 
 
@@ -182,7 +182,7 @@ def test_streams_steps_pairs_and_layers_are_independent():
     for step in (0, 1, 2):
         for key in stream_keys(eggroll.step_key(root, np.uint32(step))).values():
             signs.append(noise.rademacher(key, np.array([0]), length)[0])
-    key = eggroll.output_key(eggroll.step_key(root, np.uint32(0)), "head", 0)
+    key = noise.fold(eggroll.step_key(root, np.uint32(0)), eggroll.output_stream("head"), 0)
     signs += list(noise.rademacher(key, np.arange(1, 64), length))
     signs = np.array(signs, np.float64)
     assert len(signs) > 350

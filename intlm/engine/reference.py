@@ -195,7 +195,7 @@ def _vector_noise(
 ) -> dict[tuple[str, int], np.ndarray]:
     """Noise of the vectors: int8 [N, D] for each (name, layer)."""
     return {
-        (name, layer): eggroll.draw(config, eggroll.output_key(key, name, layer), rows_N, model.width)
+        (name, layer): eggroll.draw(config, key, eggroll.output_stream(name), layer, rows_N, model.width)
         for name in names
         for layer in range(1 if name == "norm_output" else model.layers)
     }
@@ -268,8 +268,8 @@ def _weight_noise(
     for name in ("embedding", "head", *LAYER_MATRICES):
         for layer in range(model.layers if name in LAYER_MATRICES else 1):
             m, k = sizes[name][-2:]
-            a = eggroll.draw(config, eggroll.output_key(key, name, layer), rows_N, rank * m)
-            b = eggroll.draw(config, eggroll.input_key(key, name, layer), rows_N, rank * k)
+            a = eggroll.draw(config, key, eggroll.output_stream(name), layer, rows_N, rank * m)
+            b = eggroll.draw(config, key, eggroll.input_stream(name), layer, rows_N, rank * k)
             outputs[name, layer] = a.reshape(pairs, rank, m)
             inputs[name, layer] = b.reshape(pairs, rank, k)
     return vectors, outputs, inputs
@@ -316,8 +316,8 @@ def _activation_slice(
         for layer in range(1 if site in ("embedding", "head") else model.layers):
             width = widths.get(site, model.width)
             draw = eggroll.draw
-            directions[site, layer] = draw(config, eggroll.direction_key(key, site, layer), rows_N, width)
-            signs[site, layer] = draw(config, eggroll.sign_key(key, site, layer), rows_N, segment)
+            directions[site, layer] = draw(config, key, eggroll.direction_stream(site), layer, rows_N, width)
+            signs[site, layer] = draw(config, key, eggroll.sign_stream(site), layer, rows_N, segment)
     norms = _vector_noise(model, config, key, rows_N, eggroll.NORMS)
     inputs: dict[tuple[str, int], list[np.ndarray]] = {}
 

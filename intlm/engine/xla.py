@@ -13,8 +13,7 @@ added between the devices.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +51,8 @@ AXIS = "population"
 """The axis of the mesh of devices."""
 
 Tree = dict[str, jax.Array]
+Streams = dict[str, tuple[int, int]]
+"""Streams of noise by name: each one's number, and how many numbers of it are drawn."""
 
 
 def _dot(x: jax.Array, weight_MxK: jax.Array) -> jax.Array:
@@ -110,28 +111,27 @@ class _Weight(_Plain):
 
     def noise(self, key: jax.Array, rows_P: jax.Array, segment: int) -> tuple[Tree, Tree]:
         """The noise of the layers [P, L, ...] and of what has no layer [P, ...]."""
-        config, pairs, rank = self.config, rows_P.shape[0], self.config.rank
+        rank, sizes = self.config.rank, shapes(self.model)
 
-        def matrix(name: str, layer: Any) -> Tree:
-            m, k = shapes(self.model)[name][-2:]
-            a = eggroll.draw(config, eggroll.output_key(key, name, layer), rows_P, rank * m)
-            b = eggroll.draw(config, eggroll.input_key(key, name, layer), rows_P, rank * k)
-            return {f"a.{name}": a.reshape(pairs, rank, m), f"b.{name}": b.reshape(pairs, rank, k)}
+        def streams(matrices: Sequence[str], vectors: Sequence[str]) -> Streams:
+            made = self.vectors(vectors)
+            for name in matrices:
+                made[f"a.{name}"] = eggroll.output_stream(name), rank * sizes[name][-2]
+                made[f"b.{name}"] = eggroll.input_stream(name), rank * sizes[name][-1]
+            return made
 
-        def of_layer(layer: jax.Array) -> Tree:
-            every = reduce(or_, (matrix(name, layer) for name in LAYER_MATRICES))
-            return every | self.vectors((*LAYER_NORMS, *LAYER_BIASES), key, rows_P, layer)
+        of_layers = streams(LAYER_MATRICES, (*LAYER_NORMS, *LAYER_BIASES))
+        own = streams(("embedding", "head"), ("norm_output",))
+        made = _draw(self.config, key, rows_P, self.model.layers, of_layers, own)
+        by_rank = [
+            {name: x.reshape(*x.shape[:-1], rank, -1) if "." in name else x for name, x in tree.items()}
+            for tree in made
+        ]
+        return by_rank[0], by_rank[1]
 
-        own = matrix("embedding", 0) | matrix("head", 0) | self.vectors(("norm_output",), key, rows_P, 0)
-        return _of_layers(self.model, of_layer), own
-
-    def vectors(self, names: Sequence[str], key: jax.Array, rows_P: jax.Array, layer: Any) -> Tree:
-        """The noise of vectors: int8 [P, D]."""
-        width = self.model.width
-        return {
-            name: eggroll.draw(self.config, eggroll.output_key(key, name, layer), rows_P, width)
-            for name in names
-        }
+    def vectors(self, names: Sequence[str]) -> Streams:
+        """The streams of vectors."""
+        return {name: (eggroll.output_stream(name), self.model.width) for name in names}
 
     def linear(
         self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
@@ -199,20 +199,16 @@ class _Activation(_Weight):
         """The noise of the layers [P, L, ...] and of what has no layer [P, ...]."""
         widths = {"mlp_in": 4 * self.model.width, "head": self.model.vocabulary}
 
-        def site(site: str, layer: Any) -> Tree:
-            direction, sign = eggroll.direction_key(key, site, layer), eggroll.sign_key(key, site, layer)
-            width = widths.get(site, self.model.width)
-            return {
-                f"a.{site}": eggroll.draw(self.config, direction, rows_P, width),
-                f"s.{site}": eggroll.draw(self.config, sign, rows_P, segment),
-            }
+        def streams(sites: Sequence[str], norms: Sequence[str]) -> Streams:
+            made = self.vectors(norms)
+            for site in sites:
+                made[f"a.{site}"] = eggroll.direction_stream(site), widths.get(site, self.model.width)
+                made[f"s.{site}"] = eggroll.sign_stream(site), segment
+            return made
 
-        def of_layer(layer: jax.Array) -> Tree:
-            every = reduce(or_, (site(name, layer) for name in ("gate", "candidate", "mlp_in", "mlp_out")))
-            return every | self.vectors(LAYER_NORMS, key, rows_P, layer)
-
-        own = site("embedding", 0) | site("head", 0) | self.vectors(("norm_output",), key, rows_P, 0)
-        return _of_layers(self.model, of_layer), own
+        of_layers = streams(("gate", "candidate", "mlp_in", "mlp_out"), LAYER_NORMS)
+        own = streams(("embedding", "head"), ("norm_output",))
+        return _draw(self.config, key, rows_P, self.model.layers, of_layers, own)
 
     def site(self, site: str, noise: Tree) -> jax.Array:
         """What a site adds to its accumulator: int32 [T, 2, n, M]."""
@@ -245,9 +241,24 @@ class _Activation(_Weight):
         return {name: x[:, 0].astype(jnp.int16) + x[:, 1] for name, x in inputs.items()}
 
 
-def _of_layers(model: ModelConfig, of_layer: Callable[[jax.Array], Tree]) -> Tree:
-    """One tree with a layer axis after the pairs: [P, L, ...]. What is made is compiled once for all layers."""
-    return jax.vmap(of_layer, out_axes=1)(jnp.arange(model.layers, dtype=jnp.uint32))
+def _draw(
+    config: EggrollConfig, key: jax.Array, rows_P: jax.Array, layers: int, of_layers: Streams, own: Streams
+) -> tuple[Tree, Tree]:
+    """The noise of streams that every layer has, int8 [P, L, count], and of those without layers, [P, count].
+
+    All of one length are made together: the generator would be most of what XLA has to compile.
+    """
+    made: tuple[Tree, Tree] = {}, {}
+    for count in sorted({count for _, count in (*of_layers.values(), *own.values())}):
+        layered, single = ([name for name in tree if tree[name][1] == count] for tree in (of_layers, own))
+        which = [(of_layers[name][0], layer) for name in layered for layer in range(layers)]
+        streams, layer = np.array([*which, *((own[name][0], 0) for name in single)], np.uint32).T
+        draw = partial(eggroll.draw, config, key, rows_N=rows_P, count=count)
+        noise = jax.vmap(lambda stream, layer, draw=draw: draw(stream, layer))(streams, layer)
+        by_layer = noise[: len(which)].reshape(len(layered), layers, len(rows_P), count)
+        made[0].update({name: jnp.swapaxes(by_layer[i], 0, 1) for i, name in enumerate(layered)})
+        made[1].update({name: noise[len(which) + i] for i, name in enumerate(single)})
+    return made
 
 
 def _sequence(
