@@ -128,9 +128,7 @@ def test_processes_change_no_bit(home, whole, processes):
 def test_estimators_and_shared_lanes(home, settings):
     name = "-".join(word.split("=")[-1] for word in settings if "=" in word)
     run(home, *SHORT, *settings, *NATIVE, "--run", f"one-{name}")
-    # What to exchange is tried out with one of them: that compiles.
-    exchange = "auto" if settings is WEIGHT else "votes"
-    trained(home, SHORT, 3, *settings, *NATIVE, "--run", f"three-{name}", "--exchange", exchange)
+    trained(home, SHORT, 3, *settings, *NATIVE, "--run", f"three-{name}")
     assert last(home, f"three-{name}") == last(home, f"one-{name}")
 
 

@@ -64,7 +64,7 @@ class _StepJob(ctypes.Structure):
         ("key", ctypes.c_uint32 * 2),
         *[(name, _POINTER) for name in ("horizon", "shift", "text", "state", "state_after")],
         ("votes", _POINTER * len(TRAINED)),
-        *[(name, _POINTER) for name in ("square", "counts", "fitness", "logits", "likelihood")],
+        *[(name, _POINTER) for name in ("voters", "square", "counts", "fitness", "logits", "likelihood")],
     )
 
 
@@ -207,8 +207,14 @@ class _Evaluator:
         if not self._handle:
             raise MemoryError("the native engine could not be started")
 
-    def run(self, parameters: Parameters, job: ctypes.Structure) -> None:
-        """Do `job` on the model of these parameters, which are read where they are other ones than before."""
+    def run(self, parameters: Parameters | None, job: ctypes.Structure) -> None:
+        """Do `job` on the model of these parameters, which are read where they are other ones than before.
+
+        None: the job reads no parameters.
+        """
+        if parameters is None:
+            sizes = {**shapes(self._model), "head_bias": self._model.vocabulary}
+            parameters = self._parameters or {name: np.zeros(size, np.int8) for name, size in sizes.items()}
         if self._parameters is not parameters:
             self._parameters = None
             self._take(parameters)
@@ -270,7 +276,6 @@ class NativeEngine:
         self._library = loaded
         self._evaluator = _Evaluator(loaded, self.isa, model)
         self._update = getattr(loaded, f"intlm_update_{self.isa}")
-        self._xla: Any = None
         self._sampler: _Evaluator | None = None  # holds the weights once more, packed for one stream
         # What of a step's job stays the same.
         self._shapes = {name: shapes(model)[name] for name in TRAINED}
@@ -339,20 +344,36 @@ class NativeEngine:
         return function
 
     def fitness_votes(self, key: Any, fitness_P: Any, first_pair: int = 0) -> Votes:
-        """See `Engine.fitness_votes`; XLA's, which is loaded for it."""
-        made = self._by_xla().fitness_votes(key, fitness_P, first_pair)
-        return {name: np.asarray(value) for name, value in made.items()}
+        """See `Engine.fitness_votes`."""
+        names = [name for name in TRAINED if name != "embedding"]
+        return self._votes_of(names, key, fitness_P, None, first_pair)
 
     def embedding_votes(self, key: Any, fitness_P: Any, tokens_PxT1: Any, first_pair: int = 0) -> np.ndarray:
-        """See `Engine.embedding_votes`; XLA's as well."""
-        return np.asarray(self._by_xla().embedding_votes(key, fitness_P, tokens_PxT1, first_pair))
+        """See `Engine.embedding_votes`."""
+        tokens = _array(tokens_PxT1, np.int32)
+        return self._votes_of(["embedding"], key, fitness_P, tokens, first_pair)["embedding"]
 
-    def _by_xla(self) -> Any:
-        from intlm.engine.xla import XlaEngine
-
-        if self._xla is None:
-            self._xla = XlaEngine(self.model, self.config)
-        return self._xla
+    def _votes_of(
+        self, names: list[str], key: Any, fitness_P: Any, tokens: np.ndarray | None, first_pair: int
+    ) -> dict[str, np.ndarray]:
+        """The votes of some parameters, from the fitness of the pairs."""
+        fitness = _array(fitness_P, np.int8)
+        job = self._job(key, 0 if tokens is None else tokens.shape[1] - 1)
+        sums = np.zeros(self._sums, np.int64)
+        job.counts, job.square = sums.ctypes.data, sums[len(_COUNTS) :].ctypes.data
+        total: dict[str, np.ndarray] = {}
+        for start in range(0, fitness.size, self.chunk):
+            rows = np.s_[start : start + self.chunk]
+            part = {name: np.empty(self._shapes[name], np.int32) for name in names}
+            for name, votes in part.items():
+                job.votes[TRAINED.index(name)] = votes.ctypes.data
+            job.rows, job.first_pair = fitness[rows].size, first_pair + start
+            job.voters = fitness[rows].ctypes.data
+            if tokens is not None:
+                job.text = tokens[rows].ctypes.data
+            self._evaluator.run(None, job)
+            total = {name: total[name] + votes for name, votes in part.items()} if start else part
+        return total
 
     def forward(self, parameters: Parameters, tokens_NxT: Any, state_NxLxD: Any) -> tuple[Any, Any]:
         """The unperturbed model; see `Engine.forward`."""
@@ -446,7 +467,8 @@ class NativeEngine:
         """See `Engine.population_step`."""
         tokens, state = _array(tokens_PxT1, np.int32), _array(state_PxLxD, np.int8)
         after = np.empty_like(state)
-        job = self._job(key, scales, tokens.shape[1] - 1)
+        job = self._job(key, tokens.shape[1] - 1)
+        self._take_scales(job, scales)
         entries = self._entries if votes else 0
         total, sums = np.empty(entries, np.int32), np.zeros(self._sums, np.int64)
         fitness = np.empty(tokens.shape[0] if self.config.estimator == "weight" else 0, np.int8)
@@ -461,28 +483,31 @@ class NativeEngine:
                 total += part
         return *self._outcome(total, sums, fitness, votes), after
 
-    def _job(self, key: Any, scales: Scales, segment: int) -> _StepJob:
-        """What all slices of a step share."""
-        config, activation = self.config, self.config.estimator == "activation"
+    def _job(self, key: Any, segment: int) -> _StepJob:
+        """What all slices of a step share, but for its scales."""
+        config = self.config
         job = _StepJob(
-            estimator=_ACTIVATION if activation else _WEIGHT,
+            estimator=_ACTIVATION if config.estimator == "activation" else _WEIGHT,
             tokens=segment,
             rank=config.rank,
             gaussian_noise=config.noise == "gaussian",
             sign_fitness=config.fitness == "sign",
             sigma_weight=config.sigma_weight,
             sigma_norm=config.sigma_norm,
-            mean_difference=1 if activation else int(np.asarray(scales["difference"])),
             threads=self.threads,
             horizon=self._horizon.ctypes.data,
             shift=self._shift.ctypes.data,
         )
-        if activation:
-            for row, name in enumerate(TRAINED):
-                self._shift[row] = np.asarray(scales[f"shift.{name}"])
         job.key[:] = np.asarray(key).tolist()
         job.site_shift[:] = self._site_shift
         return job
+
+    def _take_scales(self, job: _StepJob, scales: Scales) -> None:
+        if self.config.estimator == "weight":
+            job.mean_difference = int(np.asarray(scales["difference"]))
+            return
+        for row, name in enumerate(TRAINED):
+            self._shift[row] = np.asarray(scales[f"shift.{name}"])
 
     def _slice(
         self,

@@ -35,7 +35,9 @@ struct StepJob {
   const int32_t *text;                  // [rows, T + 1]; PLAIN with logits: [rows, T]
   const int8_t *state;                  // [rows, L, D]
   int8_t *state_after;                  // [rows, L, D]
-  int32_t *votes[PARAMETERS];           // of each parameter's shape; null: the members are scored alone
+  int32_t *votes[PARAMETERS];           // of each parameter's shape; all null: the members are scored alone
+  const int8_t *voters;                 // WEIGHT: q of each pair, [rows]: no member is run, and each parameter whose
+                                        // `votes` is given is voted for; the embedding's needs `text`
   int64_t *square;                      // [PARAMETERS, L]: sums of B^2; WEIGHT: sum of q^2 first
   int64_t *counts;                      // score, difference, ties, saturated, seen
   int8_t *fitness;                      // WEIGHT: q of each pair, [rows]
