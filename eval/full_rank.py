@@ -4,6 +4,7 @@ The same model on the same noise generator, with matrices of its own for every m
 XLA where EGGROLL shares one matrix. A benchmark alone; nothing trains with it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,30 +37,37 @@ which is several times as fast as memory."""
 _SIGN = np.array([1, -1], np.int32)
 
 
-def member_weights(
-    config: EggrollConfig, model_config: ModelConfig, parameters: Tree, key: jax.Array, rows_n: jax.Array
-) -> tuple[Tree, Tree]:
+def member_noise(config: EggrollConfig, model_config: ModelConfig, key: jax.Array, rows_n: jax.Array) -> Tree:
+    """A number for each weight of each pair, of the configured kind of noise: int8 [n, ...] by name."""
+
+    def draw(name: str, shape: tuple[int, ...], layer: int) -> jax.Array:
+        flat = eggroll.draw(config, key, eggroll.output_stream(name), layer, rows_n, math.prod(shape))
+        return flat.reshape(-1, *shape)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> jax.Array:
+        if name not in LAYER:
+            return draw(name, shape, 0)
+        return jnp.stack([draw(name, shape[1:], layer) for layer in range(shape[0])], axis=1)
+
+    return {name: drawn(name, shape) for name, shape in model.shapes(model_config).items()}
+
+
+def member_weights(config: EggrollConfig, parameters: Tree, noise: Tree) -> tuple[Tree, Tree]:
     """Every member's own weights: int8 [L, 2, n, ...] of the layers and [2, n, ...] of what has no layer.
 
-    Each element is perturbed by noise of the configured kind and saturated; the members of a pair by + and - of
-    the same.
+    Each element is perturbed by its noise and saturated; the members of a pair by + and - of the same.
     """
 
-    def perturbed(name: str, layer: int, weight: jax.Array) -> jax.Array:
-        noise = eggroll.draw(config, key, eggroll.output_stream(name), layer, rows_n, weight.size)
-        shift = config.sigma_weight if weight.ndim > 1 else config.sigma_norm
-        wide = noise.astype(jnp.int32) << shift
+    def perturbed(name: str) -> jax.Array:
+        weight = parameters[name].astype(jnp.int32)
+        is_matrix = weight.ndim > 1 + (name in LAYER)
+        wide = noise[name].astype(jnp.int32) << (config.sigma_weight if is_matrix else config.sigma_norm)
         change = wide if config.noise == "rademacher" else fixedpoint.rounding_shift(wide, 4)
-        change = change.reshape(-1, *weight.shape)
-        sign = _SIGN.reshape(2, *[1] * change.ndim)
-        return fixedpoint.saturate(weight.astype(jnp.int32) + sign * change)
+        return fixedpoint.saturate(weight + _SIGN.reshape(2, *[1] * change.ndim) * change)
 
-    layers = {
-        name: jnp.stack([perturbed(name, i, parameters[name][i]) for i in range(model_config.layers)])
-        for name in LAYER
-    }
-    own = {name: perturbed(name, 0, parameters[name]) for name in TRAINED if name not in LAYER}
-    return layers, own
+    members = {name: perturbed(name) for name in TRAINED}
+    layers = {name: jnp.moveaxis(members.pop(name), 2, 0) for name in LAYER}
+    return layers, members
 
 
 class _FullRank(_Plain):
@@ -91,17 +99,24 @@ def _batched(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def evaluator(model_config: ModelConfig, config: EggrollConfig, at_once: bool) -> Callable[..., Any]:
-    """Scores of n pairs over a segment: `(parameters, key, tokens_nxT1, state_nxLxD, rows_n)` to int32 [2, n].
+    """Scores int32 [2, n] and votes (int32, of the parameters' shapes) of n pairs over a segment, compiled:
+    `(parameters, key, mean, tokens_nxT1, state_nxLxD, rows_n)` to both. mean: see `eggroll.fitness`.
 
     at_once: all tokens go through a layer before the next layer, so that a matrix is read once for all of them
-    but for the recurrence; otherwise token after token goes through the whole model, as in generation. Compiled.
+    but for the recurrence; otherwise token after token goes through the whole model, as in generation.
     """
     plain = _FullRank()
 
     def evaluate(
-        parameters: Tree, key: jax.Array, tokens_nxT1: jax.Array, state_nxLxD: jax.Array, rows_n: jax.Array
-    ) -> jax.Array:
-        layers, own = member_weights(config, model_config, parameters, key, rows_n)
+        parameters: Tree,
+        key: jax.Array,
+        mean: jax.Array,
+        tokens_nxT1: jax.Array,
+        state_nxLxD: jax.Array,
+        rows_n: jax.Array,
+    ) -> tuple[jax.Array, Tree]:
+        noise = member_noise(config, model_config, key, rows_n)
+        layers, own = member_weights(config, parameters, noise)
         state = jnp.swapaxes(state_nxLxD, 0, 1)[:, None]
         state = jnp.broadcast_to(state, (state.shape[0], 2, *state.shape[2:]))
         inputs, targets = tokens_nxT1[:, :-1].T[:, None], tokens_nxT1[:, 1:].T[:, None]
@@ -112,9 +127,16 @@ def evaluator(model_config: ModelConfig, config: EggrollConfig, at_once: bool) -
             return state, jnp.sum(fixedpoint.log_likelihood(logits, targets), axis=0, dtype=jnp.int32)
 
         if at_once:
-            return some(state, (inputs, targets))[1]
-        _, scores = lax.scan(some, state, (inputs[:, None], targets[:, None]))
-        return jnp.sum(scores, axis=0, dtype=jnp.int32)
+            _, scores = some(state, (inputs, targets))
+        else:
+            _, by_token = lax.scan(some, state, (inputs[:, None], targets[:, None]))
+            scores = jnp.sum(by_token, axis=0, dtype=jnp.int32)
+        fitness_n = eggroll.fitness(config, scores[0] - scores[1], mean).astype(jnp.int32)
+        votes = {
+            name: jnp.sum(value * fitness_n.reshape(-1, *[1] * (value.ndim - 1)), axis=0, dtype=jnp.int32)
+            for name, value in noise.items()
+        }
+        return scores, votes
 
     return jit(evaluate)
 
@@ -123,8 +145,8 @@ def evaluator(model_config: ModelConfig, config: EggrollConfig, at_once: bool) -
 class FullRank:
     """EGGROLL's evaluation over full-rank ones of the same size, noise and text, on as many threads.
 
-    eggroll, at_once, by_token: member-tokens/s of the evaluation with low-rank perturbations (votes included),
-    and with full-rank ones (without votes) in the two orders of `evaluator`. floor: the least time that any code
+    eggroll, at_once, by_token: member-tokens/s of the evaluation, votes included, with low-rank perturbations and
+    with full-rank ones in the two orders of `evaluator`. floor: the least time that any code
     needs which stores each member's matrices and then multiplies with them: as measured, to write them without
     making noise, and to multiply at the int8 peak; in member-tokens/s. Ratios round by round; `pairs`: those
     evaluated at once.
@@ -193,7 +215,8 @@ def compare(
 
     def full_rank(at_once: bool) -> Callable[[], Any]:
         run = evaluator(model_config, config, at_once)
-        return lambda: np.asarray(run(parameters, key, tokens[:pairs], start, rows))
+        arguments = parameters, key, np.int32(1), tokens[:pairs], start, rows
+        return lambda: jax.block_until_ready(run(*arguments))
 
     matrix = jnp.ones((model_config.weights,), jnp.int8)
     write = jax.jit(lambda weight, member: weight[None, :] ^ member[:, None])

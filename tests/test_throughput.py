@@ -16,7 +16,7 @@ from test_engines import CASES, inputs
 from eval import full_rank, safety, sampling_speed, scaling, throughput
 from eval.host import measure_host
 from eval.safety import measure_safety
-from intlm import cli, fixedpoint
+from intlm import cli, eggroll, fixedpoint
 from intlm.cli import main
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine import native
@@ -103,11 +103,12 @@ def test_the_peak_counts_what_every_thread_does(isa, threads):
 # --- full rank ----------------------------------------------------------------------------------------------
 
 
-def test_full_rank_scores_are_those_of_the_model_with_each_members_weights():
+def test_full_rank_scores_and_votes_are_those_of_each_members_weights():
     config, eggroll_config, _ = CASES["paper"]
-    parameters, key, _, tokens, state = inputs("paper", 2, 0)
+    parameters, key, scales, tokens, state = inputs("paper", 2, 0)
     rows = np.arange(len(tokens), dtype=np.int32)
-    layers, own = full_rank.member_weights(eggroll_config, config, parameters, key, rows)
+    noise = full_rank.member_noise(eggroll_config, config, key, rows)
+    layers, own = full_rank.member_weights(eggroll_config, parameters, noise)
     reference = ReferenceEngine(config, eggroll_config)
     expected = np.zeros((2, len(rows)), np.int32)
     for sign in range(2):
@@ -120,9 +121,15 @@ def test_full_rank_scores_are_those_of_the_model_with_each_members_weights():
             weights["head_bias"] = parameters["head_bias"]
             logits, _ = reference.forward(weights, tokens[[pair], :-1], state[[pair]])
             expected[sign, pair] = fixedpoint.log_likelihood(logits, tokens[[pair], 1:]).sum()
+    mean = scales["difference"]
+    q = eggroll.fitness(eggroll_config, expected[0] - expected[1], mean).astype(int)
+    votes = {name: np.tensordot(q, np.asarray(value).astype(int), 1) for name, value in noise.items()}
     for at_once in (True, False):
         run = full_rank.evaluator(config, eggroll_config, at_once)
-        np.testing.assert_array_equal(run(parameters, key, tokens, state, rows), expected)
+        scores, made = run(parameters, key, mean, tokens, state, rows)
+        np.testing.assert_array_equal(scores, expected)
+        for name, value in votes.items():
+            np.testing.assert_array_equal(made[name], value, name)
 
 
 # --- the command --------------------------------------------------------------------------------------------
