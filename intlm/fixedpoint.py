@@ -110,11 +110,14 @@ def integer_sqrt(x: Array) -> Array:
     xp = namespace(x)
     if xp is np:
         return np.array([math.isqrt(value) for value in np.ravel(x).tolist()], np.int64).reshape(np.shape(x))
-    root = xp.zeros_like(x)
-    for bit in range(30, -1, -1):
-        candidate = root + (1 << bit)
-        root = xp.where(candidate * candidate <= x, candidate, root)
-    return root
+    from jax.lax import fori_loop
+
+    def with_bit(i: Array, root: Array) -> Array:
+        candidate = root + (xp.int64(1) << (30 - i))
+        return xp.where(candidate * candidate <= x, candidate, root)
+
+    # In a loop: XLA's simplifier gives up on so long a chain, and says so.
+    return fori_loop(0, 31, with_bit, xp.zeros_like(x))
 
 
 # --- log-likelihood -----------------------------------------------------------------------------------
