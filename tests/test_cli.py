@@ -25,7 +25,7 @@ from intlm.engine.native import available_isas
 from train.metrics import read_metrics
 
 STEPS = 80
-EVERY = 10
+EVERY = 20
 SMALL = ["--set", "population=16", "--set", "segment=8"]
 TRAIN = [
     "train",
@@ -234,7 +234,7 @@ def test_threads_change_no_bit(home: Path, short: bytes, threads: str) -> None:
 
 def test_engines_agree(home: Path, short: bytes) -> None:
     words = [*SHORT, "--checkpoint-every", "2", "--run", "xla"]
-    run(home, *words, *XLA, "--chunk", "7")
+    run(home, *words, *XLA, "--chunk", "4")
     assert last(home, "xla") == short
     # What one engine began another resumes, to the same bytes.
     for step in (4, 6):

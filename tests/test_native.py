@@ -147,7 +147,7 @@ def build(folder, flags):
     """The library of the sources named in `flags`, each compiled with its flags; skips without a compiler."""
     compiler = shutil.which("g++") or pytest.skip("there is no g++")
     sources = Path(native.__file__).parent / "native"
-    common = ["-std=c++17", "-fPIC", "-fwrapv", "-Wno-psabi", "-O1", "-pthread"]
+    common = ["-std=c++17", "-fPIC", "-fwrapv", "-Wno-psabi", "-Og", "-pthread"]
     objects = []
     for name, own in flags.items():
         objects.append(str(folder / f"{name}.o"))
