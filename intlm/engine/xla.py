@@ -633,9 +633,9 @@ class XlaEngine:
             statistics["saturated"] += jnp.sum(full.astype(jnp.int64))
             source = name if name in eggroll.NORMS else f"a.{eggroll.SITE_OF[name]}"
             if name in LAYER:
-                a = noise[0][source]
-                made = [_outer(a[:, layer], b[:, layer]) for layer in range(self.model.layers)]
-                votes[name] = jnp.stack(made).reshape(parameters[name].shape)
+                factors = noise[0][source], b
+                made = lax.map(lambda ab: _outer(*ab), [jnp.swapaxes(x, 0, 1) for x in factors])
+                votes[name] = made.reshape(parameters[name].shape)
             else:
                 made_one = _outer(noise[1][source], b)
                 votes[name] = (made_one.T if name == "embedding" else made_one).reshape(
@@ -667,8 +667,8 @@ class XlaEngine:
             return _outer(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
         if name in LAYER:
-            by_layer = ({n: x[:, layer] for n, x in noise[0].items()} for layer in range(self.model.layers))
-            made = jnp.stack([vote(tree) for tree in by_layer])
+            own = {n: jnp.swapaxes(x, 0, 1) for n, x in noise[0].items() if n.split(".")[-1] == name}
+            made = lax.map(vote, own)
         else:
             made = vote(noise[1])
         return made.reshape(shapes(self.model)[name])
