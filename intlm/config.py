@@ -106,8 +106,6 @@ class EggrollConfig:
     """Perturbation of the candidate's sum: 2**this steps of the candidate."""
     sigma_mlp: int = 2
     """Perturbation of the MLP's hidden and output sums: 2**this steps of their int8 outputs."""
-    sigma_head: int = 1
-    """Perturbation of the logits: 2**this steps of 1/16 bit."""
     seed: int = 0
     """Seed of initialisation, noise and the order of the text."""
 

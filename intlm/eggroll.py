@@ -51,6 +51,7 @@ SITE_OF = {
 perturbed themselves, once a segment."""
 
 SITES = ("embedding", "gate", "candidate", "mlp_in", "mlp_out", "head")
+"""The head's is last. Nothing is added to it: what its perturbation does to the loss follows from the logits."""
 
 
 def join(one: Statistics, other: Statistics) -> Statistics:
@@ -147,7 +148,6 @@ def site_shift(config: EggrollConfig, site: str, width: int) -> int:
         "candidate": config.sigma_candidate,
         "mlp_in": config.sigma_mlp,
         "mlp_out": config.sigma_mlp,
-        "head": config.sigma_head,
     }[site]
     return sigma + fixedpoint.matmul_shift(4 * width if site == "mlp_out" else width)
 
@@ -159,6 +159,12 @@ def credit(scores_Tx2xN: Array) -> Array:
     """Each token's clipped score difference, d_t = score+ - score-: int32 [T, N] from int32 [T, 2, N]."""
     xp = namespace(scores_Tx2xN)
     return xp.clip(scores_Tx2xN[:, 0] - scores_Tx2xN[:, 1], -CREDIT_LIMIT, CREDIT_LIMIT)
+
+
+def head_credit(slopes_Tx2xN: Array) -> Array:
+    """Each token's credit of the head: the slopes of both members along the pair's direction: int32 [T, N], within
+    +-512. slopes: int32 [T, 2, N], from `fixedpoint.log_likelihood_slope`."""
+    return slopes_Tx2xN[:, 0] + slopes_Tx2xN[:, 1]
 
 
 def discount(credit_N: Array, next_reward_N: Array, horizon: Array) -> Array:

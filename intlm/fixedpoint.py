@@ -39,6 +39,9 @@ SUM_BLOCK = 64
 
 LOG2_MANTISSA_BITS = 11
 
+SLOPE_FRACTION_BITS = 7
+"""A log-likelihood's slope is Q7: two members' add up to at most 512, the limit of a credit."""
+
 
 def namespace(x: Array) -> Any:
     """The array namespace of `x`: `numpy` or `jax.numpy`."""
@@ -133,19 +136,8 @@ def log2_sum_exp2(logits: Array) -> Array:
     over the eleven bits after it. The result is within 1/256 bit of the exact value (a test proves it).
     """
     xp = namespace(logits)
-    logits = logits.astype(xp.int32)
-    maximum = xp.max(logits, axis=-1, keepdims=True)
-    below = maximum - logits
-    terms = rounding_shift(xp.asarray(exp2_table())[below & 255], below >> 8)
-    vocabulary = logits.shape[-1]
-    blocks = -(-vocabulary // SUM_BLOCK)
-    if vocabulary % SUM_BLOCK:
-        padding = [(0, 0)] * (terms.ndim - 1) + [(0, blocks * SUM_BLOCK - vocabulary)]
-        terms = xp.pad(terms, padding)
-    words = xp.sum(terms.reshape(*terms.shape[:-1], blocks, SUM_BLOCK), axis=-1, dtype=xp.int32)
-    low = xp.sum(words & 0x7FFF, axis=-1, dtype=xp.int32)
-    high = xp.sum(words >> 15, axis=-1, dtype=xp.int32) + (low >> 15)
-    low = low & 0x7FFF
+    terms, maximum = _powers(logits)
+    high, low = _sum(terms)
     # Where the sum passes 31 bits its 15 low bits no longer matter to a mantissa of eleven.
     large = high >= (1 << 16)
     mantissa = xp.where(large, high, (high << 15) | low)
@@ -165,6 +157,46 @@ def log_likelihood(logits: Array, targets: Array) -> Array:
     xp = namespace(logits)
     chosen = xp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0].astype(xp.int32)
     return chosen - log2_sum_exp2(logits)
+
+
+def log_likelihood_slope(logits: Array, targets: Array, signs: Array) -> Array:
+    """The derivative of `log_likelihood` along a direction of signs: int32 [...], in 1/128 of a bit a bit.
+
+    logits: int16 or int32 [..., V], in [-2047, 2047], V at most 65,536; targets: int32 [...]; signs: int8, -1 or 1,
+    broadcastable to the logits. The softmax's p gives `signs[target] - sum(p * signs)`; here exactly
+    `128 signs[target] - 128 N / S`, the quotient of the sums N of signed and S of unsigned terms of `log2_sum_exp2`
+    rounded towards 0, so that the opposite signs have the opposite slope. In [-256, 256].
+    """
+    xp = namespace(logits)
+    terms, _ = _powers(logits)
+    own = xp.take_along_axis(xp.broadcast_to(signs, logits.shape), targets[..., None], axis=-1)[..., 0]
+    along, all_terms = (
+        (high.astype(xp.int64) << 15) + low for high, low in (_sum(terms * signs.astype(xp.int32)), _sum(terms))
+    )
+    mean = xp.sign(along) * ((xp.abs(along) << SLOPE_FRACTION_BITS) // all_terms)
+    return (own.astype(xp.int32) << SLOPE_FRACTION_BITS) - mean.astype(xp.int32)
+
+
+def _powers(logits: Array) -> tuple[Array, Array]:
+    """2**(logit - maximum) of each logit as int32 [..., V] in Q24, and the maximum: int32 [..., 1], in 1/256 bit."""
+    xp = namespace(logits)
+    logits = logits.astype(xp.int32)
+    maximum = xp.max(logits, axis=-1, keepdims=True)
+    below = maximum - logits
+    return rounding_shift(xp.asarray(exp2_table())[below & 255], below >> 8), maximum
+
+
+def _sum(terms: Array) -> tuple[Array, Array]:
+    """The exact sum over the last axis of numbers of up to 2**24, as a high word and 15 low bits: int32 [...]."""
+    xp = namespace(terms)
+    vocabulary = terms.shape[-1]
+    blocks = -(-vocabulary // SUM_BLOCK)
+    if vocabulary % SUM_BLOCK:
+        padding = [(0, 0)] * (terms.ndim - 1) + [(0, blocks * SUM_BLOCK - vocabulary)]
+        terms = xp.pad(terms, padding)
+    words = xp.sum(terms.reshape(*terms.shape[:-1], blocks, SUM_BLOCK), axis=-1, dtype=xp.int32)
+    low = xp.sum(words & 0x7FFF, axis=-1, dtype=xp.int32)
+    return xp.sum(words >> 15, axis=-1, dtype=xp.int32) + (low >> 15), low & 0x7FFF
 
 
 # --- exact tables -------------------------------------------------------------------------------------

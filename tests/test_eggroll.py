@@ -65,8 +65,8 @@ def test_matrix_perturbation_at_the_ends_of_a_projection():
 
 @pytest.mark.parametrize("width", [64, 128, 1024])
 def test_a_site_is_perturbed_by_whole_steps_of_its_output(width):
-    config = EggrollConfig(sigma_embedding=1, sigma_gate=3, sigma_candidate=2, sigma_mlp=5, sigma_head=4)
-    outputs = {"gate": 3, "candidate": 2, "mlp_in": 5, "mlp_out": 5, "head": 4}
+    config = EggrollConfig(sigma_embedding=1, sigma_gate=3, sigma_candidate=2, sigma_mlp=5)
+    outputs = {"gate": 3, "candidate": 2, "mlp_in": 5, "mlp_out": 5}
     for site, sigma in outputs.items():
         inputs = 4 * width if site == "mlp_out" else width
         step = 1 << eggroll.site_shift(config, site, width)

@@ -31,7 +31,6 @@ COMMON = EggrollConfig(
     sigma_gate=3,
     sigma_candidate=2,
     sigma_mlp=1,
-    sigma_head=1,
     update="linear",
     seed=3,
 )

@@ -77,7 +77,7 @@ def test_comparisons_that_find_nothing(config: EggrollConfig, setting: str) -> N
     assert line.startswith("100% of the comparisons find no difference")
     assert settings(line) == [setting]
     assert watched.compared(2000, 2000) == []
-    most = EggrollConfig(sigma_mlp=5, sigma_candidate=5, sigma_gate=5, sigma_head=5, sigma_embedding=5)
+    most = EggrollConfig(sigma_mlp=5, sigma_candidate=5, sigma_gate=5, sigma_embedding=5)
     [line] = watch(most).compared(2000, 2000)
     assert line.endswith("another --set seed")
 

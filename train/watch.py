@@ -81,7 +81,7 @@ class Watch:
         config = self._config
         names = ["sigma_weight", "sigma_norm"]
         if config.estimator == "activation":
-            names = ["sigma_mlp", "sigma_candidate", "sigma_gate", "sigma_head", "sigma_embedding"]
+            names = ["sigma_mlp", "sigma_candidate", "sigma_gate", "sigma_embedding"]
         values = {name: getattr(config, name) for name in names if getattr(config, name) < LARGEST_SIGMA}
         if not values:
             return "try a new run with another --set seed"

@@ -171,15 +171,16 @@ def _run(
     tokens_NxT1: np.ndarray,
     state_NxLxD: np.ndarray,
     perturb: Callable[[int], Perturb],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both members of each pair over the segment: scores int32 [T, 2, N] and states [N, L, D]."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both members of each pair over the segment: logits int32 [T, 2, N, V], targets [T, 2, N], states [N, L, D]."""
     state = _pair_members(state_NxLxD)
-    scores = []
+    logits = []
     for t in range(tokens_NxT1.shape[1] - 1):
-        tokens, targets = _pair_members(tokens_NxT1[:, t]), _pair_members(tokens_NxT1[:, t + 1])
-        logits, state = token_step(model, parameters, tokens, state, perturb(t))
-        scores.append(fixedpoint.log_likelihood(logits, targets))
-    return np.stack(scores), _average(state)
+        tokens = _pair_members(tokens_NxT1[:, t])
+        of_token, state = token_step(model, parameters, tokens, state, perturb(t))
+        logits.append(of_token)
+    targets = np.stack([tokens_NxT1[:, 1:].T] * 2, axis=1)
+    return np.stack(logits), targets, _average(state)
 
 
 def _score_statistics(scores_Tx2xN: np.ndarray, difference: np.ndarray) -> Statistics:
@@ -229,7 +230,8 @@ def _weight_slice(
                 total = total + eggroll.matrix_perturbation(config, projection, a[:, r])
         return _SIGNS * total
 
-    scores, state = _run(model, parameters, tokens_NxT1, state_NxLxD, lambda t: perturb)
+    logits, targets, state = _run(model, parameters, tokens_NxT1, state_NxLxD, lambda t: perturb)
+    scores = fixedpoint.log_likelihood(logits, targets)
     difference = np.asarray(np.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=np.int32))
     q = eggroll.fitness(config, difference, scales["difference"])
 
@@ -308,7 +310,7 @@ def _activation_slice(
     state_NxLxD: np.ndarray,
     rows_N: np.ndarray,
 ) -> tuple[Votes, Statistics, np.ndarray]:
-    """Per-token signs on the sites' sums, credited by the reward to go."""
+    """Per-token signs on the sites' sums, credited by the reward to go; the head by the score's slope."""
     pairs, segment = len(rows_N), tokens_NxT1.shape[1] - 1
     widths = {"mlp_in": 4 * model.width, "head": model.vocabulary}
     directions, signs = {}, {}
@@ -331,17 +333,18 @@ def _activation_slice(
                     np.full((pairs, 1), 2, np.int32) if name in LAYER_BIASES else x[0].astype(np.int32) + x[1]
                 )
                 inputs.setdefault((name, layer), []).append(pair_sum)
-            if name in ("gate_recurrent", "candidate_recurrent", *LAYER_BIASES):
-                return 0  # its site is perturbed once, with the input matrix
+            if name in ("gate_recurrent", "candidate_recurrent", *LAYER_BIASES, "head"):
+                return 0  # its site is perturbed once, with the input matrix; or not at all
             site = eggroll.SITE_OF[name]
             signed = directions[site, layer].astype(np.int32) * signs[site, layer][:, t, None]
             return (_SIGNS * signed) << eggroll.site_shift(config, site, model.width)
 
         return perturb
 
-    scores, state = _run(model, parameters, tokens_NxT1, state_NxLxD, perturb_at)
+    logits, targets, state = _run(model, parameters, tokens_NxT1, state_NxLxD, perturb_at)
+    scores = fixedpoint.log_likelihood(logits, targets)
     credit = eggroll.credit(scores)
-
+    slopes = fixedpoint.log_likelihood_slope(logits, targets, directions["head", 0])
     total = np.asarray(np.sum(credit, axis=0, dtype=np.int32))
 
     def rewards(horizon: int) -> np.ndarray:
@@ -366,8 +369,11 @@ def _activation_slice(
             else:
                 site = eggroll.SITE_OF[name]
                 left = directions[site, layer]
-                reward = rewards(int(eggroll.horizons(config, model, name)[where]))
-                signed_TxN = reward * signs[site, layer].T
+                if name == "head":
+                    signed_TxN = eggroll.head_credit(slopes)
+                else:
+                    reward = rewards(int(eggroll.horizons(config, model, name)[where]))
+                    signed_TxN = reward * signs[site, layer].T
                 if name == "embedding":
                     accumulator = np.zeros((pairs, model.vocabulary), np.int32)
                     for t in range(segment):

@@ -193,7 +193,7 @@ class _Weight(_Plain):
 
 class _Activation(_Weight):
     """The estimator `activation`. Noise: A_s [n, M] and the per-token signs [n, T] of a site under `a.<site>`
-    and `s.<site>`, a norm's [n, D] under its name."""
+    and `s.<site>`, a norm's [n, D] under its name. The head has no signs."""
 
     def noise(self, key: jax.Array, rows_P: jax.Array, segment: int) -> tuple[Tree, Tree]:
         """The noise of the layers [P, L, ...] and of what has no layer [P, ...]."""
@@ -208,6 +208,7 @@ class _Activation(_Weight):
 
         of_layers = streams(("gate", "candidate", "mlp_in", "mlp_out"), LAYER_NORMS)
         own = streams(("embedding", "head"), ("norm_output",))
+        del own["s.head"]
         return _draw(self.config, key, rows_P, self.model.layers, of_layers, own)
 
     def site(self, site: str, noise: Tree) -> jax.Array:
@@ -220,8 +221,10 @@ class _Activation(_Weight):
     def linear(
         self, names: Sequence[str], weights: Sequence[jax.Array], x: jax.Array, noise: Tree
     ) -> list[jax.Array]:
-        """The plain accumulators, and each one's site."""
+        """The plain accumulators, and each one's site. The head's is not perturbed."""
         plain = _Plain.linear(self, names, weights, x, noise)
+        if "head" in names:
+            return plain
         return [a + self.site(eggroll.SITE_OF[name], noise) for name, a in zip(names, plain, strict=True)]
 
     def recurrent(self, name: str, weight: jax.Array, h: jax.Array, noise: Tree) -> jax.Array:
@@ -537,7 +540,8 @@ class XlaEngine:
         state = jnp.broadcast_to(state, (state.shape[0], 2, *state.shape[2:]))
         tokens = inputs[:, None, :]
         logits, state, recorded = _sequence(self.model, parameters, tokens, state, perturbed, by_layer, noise)
-        scores = fixedpoint.log_likelihood(logits, jnp.broadcast_to(targets[:, None], logits.shape[:-1]))
+        targets = jnp.broadcast_to(targets[:, None], logits.shape[:-1])
+        scores = fixedpoint.log_likelihood(logits, targets)
         average = (state[:, 0].astype(jnp.int32) + state[:, 1]) >> 1
         outcome = {
             "state": jnp.swapaxes(average.astype(jnp.int8), 0, 1),
@@ -548,7 +552,9 @@ class XlaEngine:
             outcome["difference"] = jnp.sum(jnp.abs(credit), axis=0, dtype=jnp.int32)
             outcome["ties"] = jnp.sum((credit == 0).astype(jnp.int32), axis=0, dtype=jnp.int32)
             if votes:
-                outcome |= self._factors(scales, inputs, credit, recorded, by_layer, noise)
+                slopes = fixedpoint.log_likelihood_slope(logits, targets, noise["a.head"])
+                of_head = eggroll.head_credit(slopes)
+                outcome |= self._factors(scales, inputs, credit, of_head, recorded, by_layer, noise)
             return outcome
         difference = jnp.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=jnp.int32)
         outcome["signed"] = difference
@@ -563,6 +569,7 @@ class XlaEngine:
         scales: Tree,
         inputs_Txn: jax.Array,
         credit_Txn: jax.Array,
+        head_credit_Txn: jax.Array,
         recorded: Tree,
         layers_noise: Tree,
         noise: Tree,
@@ -612,7 +619,7 @@ class XlaEngine:
         _, made = lax.scan(layer_factors, None, layers)
         factors = {name: jnp.swapaxes(value, 0, 1) for name, value in made.items()}
         factors["norm_output"] = eggroll.quantize(total, scales["shift.norm_output"])
-        factors["head"] = factor(signed("head", noise, which("head")), recorded["head"], scales["shift.head"])
+        factors["head"] = factor(head_credit_Txn, recorded["head"], scales["shift.head"])
         n = credit_Txn.shape[1]
         pair = jnp.broadcast_to(jnp.arange(n), inputs_Txn.shape)
         rows = jnp.zeros((n, self.model.vocabulary), jnp.int32)
