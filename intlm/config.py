@@ -73,6 +73,8 @@ class EggrollConfig:
     """Antithetic pairs that read the same lane of text."""
     rank: int = 1
     """Rank of each pair's perturbation of a matrix (estimator `weight`)."""
+    rank_head: int = 4
+    """Directions of the logits along which each pair measures its scores' slope (estimator `activation`)."""
     noise: str = "rademacher"
     """`rademacher` (-1 or +1) or `gaussian` (rounded, Q4; estimator `weight`)."""
     fitness: str = "graded"
@@ -126,7 +128,8 @@ class EggrollConfig:
                 "population"
             )
         _within("segment", self.segment, 1, 4096)
-        _within("rank", self.rank, 1, 16)
+        for name in ("rank", "rank_head"):
+            _within(name, getattr(self, name), 1, 16)
         _within("step_size", self.step_size, 0, STEP_SIZE_LIMIT)
         for name in ("step_head", "step_embedding", "step_norm"):
             _within(name, getattr(self, name), 0, 64)
@@ -174,7 +177,7 @@ def check_bounds(model: ModelConfig, eggroll: EggrollConfig) -> None:
             # Rounding B adds half of 2**shift, and the shift is at most 30.
             "credit times inputs over a segment": eggroll.segment * reward_limit(eggroll) * 2 * limit
             + (1 << 29),
-            "votes over the population": eggroll.pairs * limit,
+            "votes over the population": eggroll.pairs * eggroll.rank_head * limit,
         }
     else:
         unit = 1 if eggroll.noise == "rademacher" else fixedpoint.GAUSSIAN_LIMIT

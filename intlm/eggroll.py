@@ -87,7 +87,8 @@ def input_stream(name: str) -> int:
 
 
 def direction_stream(site: str) -> int:
-    """The stream of A_s (one sign a unit, held for the segment) of a site."""
+    """The stream of A_s (one sign a unit, held for the segment) of a site. The head's directions have this stream
+    and those that follow."""
     return 64 + 2 * SITES.index(site)
 
 
@@ -162,8 +163,8 @@ def credit(scores_Tx2xN: Array) -> Array:
 
 
 def head_credit(slopes_Tx2xN: Array) -> Array:
-    """Each token's credit of the head: the slopes of both members along the pair's direction: int32 [T, N], within
-    +-512. slopes: int32 [T, 2, N], from `fixedpoint.log_likelihood_slope`."""
+    """Each token's credit of the head: the slopes of both members along a direction of the pair: int32 [T, N],
+    within +-512. slopes: int32 [T, 2, N], from `fixedpoint.log_likelihood_slope`."""
     return slopes_Tx2xN[:, 0] + slopes_Tx2xN[:, 1]
 
 
@@ -250,6 +251,7 @@ def next_scales(config: EggrollConfig, model: ModelConfig, scales: Scales, stati
         mean = statistics["difference"] // config.pairs
         return {"difference": xp.clip(mean, 1, 1 << 28).astype(xp.int32)}
     entries = {name: config.pairs * _inputs(model, name) for name in TRAINED}
+    entries["head"] *= config.rank_head
     entries["embedding"] = statistics["seen"]
     square = _rows(xp, model, {name: statistics[f"square.{name}"] for name in TRAINED})
     mean_square = xp.maximum(square // _rows(xp, model, entries), 1).astype(xp.int32)

@@ -198,7 +198,8 @@ def test_the_next_mean_difference(total):
 @pytest.mark.parametrize("name", model.TRAINED)
 def test_the_next_shift_brings_b_to_a_magnitude_of_16_to_32(name):
     inputs = {"mlp_out": 256, "head": 64} | {n: 64 for n in model.LAYER_MATRICES if n != "mlp_out"}
-    entries = 77 if name == "embedding" else 32 * inputs.get(name, 1)
+    pairs = 32 * (ACTIVATION.rank_head if name == "head" else 1)
+    entries = 77 if name == "embedding" else pairs * inputs.get(name, 1)
     scales = eggroll.first_scales(ACTIVATION, MODEL)
     for root in (1, 2, 7, 15, 16, 20, 31, 32, 33, 63, 64, 120):
         statistics = activation_statistics(root * root * entries)

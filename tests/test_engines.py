@@ -28,7 +28,7 @@ CASES = {
     "activation, tables": (
         ModelConfig(layers=1, vocabulary=100, gate="sigmoid", candidate="tanh", mlp="relu"),
         EggrollConfig(
-            population=6, segment=8, horizon=0, horizon_recurrent=3, sigma_embedding=5, sigma_gate=5,
+            population=6, segment=8, rank_head=1, horizon=0, horizon_recurrent=3, sigma_embedding=5, sigma_gate=5,
             sigma_candidate=5, sigma_mlp=5, sigma_norm=5,
         ),
         1,
@@ -37,7 +37,7 @@ CASES = {
         ModelConfig(
             width=128, layers=3, vocabulary=300, gate="sigmoid_soft", candidate="tanh_soft", mlp="identity"
         ),
-        EggrollConfig(population=8, segment=5, horizon=6, horizon_recurrent=2, update="threshold", alpha=30000),
+        EggrollConfig(population=8, segment=5, rank_head=3, horizon=6, horizon_recurrent=2, update="threshold", alpha=30000),
         0,
     ),
     "weight": (
@@ -424,8 +424,7 @@ def activation_member(case, arguments, row, sign):
     read, scores, slopes, h = {}, [], [], state[None]
     sites = {"gate_input": "gate", "candidate_input": "candidate", "mlp_in": "mlp_in", "mlp_out": "mlp_out"}
     sites |= {"embedding": "embedding"}
-    head_stream = noise.fold(key, eggroll.direction_stream("head"), 0)
-    direction = noise.rademacher(head_stream, np.array([row]), config.vocabulary)[0].tolist()
+    directions = head_directions(config, eggroll_config, key, row).tolist()
     sigmas = {
         "gate": eggroll_config.sigma_gate,
         "candidate": eggroll_config.sigma_candidate,
@@ -456,8 +455,18 @@ def activation_member(case, arguments, row, sign):
 
         logits, h = token_step(config, parameters, tokens[t : t + 1], h, perturb)
         scores.append(int(log_likelihood(logits, tokens[t + 1 : t + 2])[0]))
-        slopes.append(exact_slope(logits[0].tolist(), int(tokens[t + 1]), direction))
+        slopes.append([exact_slope(logits[0].tolist(), int(tokens[t + 1]), a) for a in directions])
     return scores, slopes, h[0].astype(int), read
+
+
+def head_directions(config, eggroll_config, key, row):
+    """A pair's directions: int64 [R, V]."""
+    return np.concatenate(
+        [
+            noise.rademacher(noise.fold(key, 74 + r, 0), np.array([row]), config.vocabulary)
+            for r in range(eggroll_config.rank_head)
+        ]
+    ).astype(np.int64)
 
 
 def exact_slope(logits, target, direction):
@@ -503,6 +512,10 @@ def test_activation_is_credit_times_inputs(case, seed):
                     stream = noise.fold(key, eggroll.output_stream(name), layer)
                     a = noise.rademacher(stream, np.array([row]), config.width)[0].astype(np.int64)
                     accumulator = np.array([sum(credit)])
+                elif name == "head":
+                    a = head_directions(config, eggroll_config, key, row)
+                    slopes = np.add(slopes_plus, slopes_minus)
+                    accumulator = slopes.T @ np.add(read_plus[name, layer], read_minus[name, layer])
                 else:
                     site = eggroll.SITE_OF[name]
                     a = noise.rademacher(
@@ -521,18 +534,15 @@ def test_activation_is_credit_times_inputs(case, seed):
                     reward, accumulator = 0, 0
                     for t in reversed(range(segment)):
                         reward = credit[t] + reward - reward // 2**k
-                        signed = int(signs[t]) * reward
-                        if name == "head":
-                            signed = slopes_plus[t] + slopes_minus[t]
                         x = read_plus[name, layer][t] + read_minus[name, layer][t]
                         if name == "embedding":
                             x = (np.arange(config.vocabulary) == tokens[row, t]).astype(np.int64)
                         elif name.endswith("bias"):
                             x = np.array([2])
-                        accumulator = accumulator + signed * x
+                        accumulator = accumulator + int(signs[t]) * reward * x
                 b = saturated_half_up(accumulator, int(scales[f"shift.{name}"][where]))
                 squares[f"shift.{name}"][where] += np.sum(b**2)
-                change = np.outer(b, a) if name == "embedding" else np.outer(a, b)
+                change = np.outer(b, a) if name == "embedding" else np.atleast_2d(a).T @ np.atleast_2d(b)
                 votes[name][where] += change.reshape(votes[name][where].shape)
     found = engines(case)[0].population_step(parameters, key, scales, tokens, state)
     assert_same({name: value.astype(np.int32) for name, value in votes.items()}, found[0])

@@ -23,6 +23,7 @@ from intlm.fixedpoint import (
     log2_sum_exp2,
     log2_table,
     log_likelihood,
+    log_likelihood_slope,
     matmul_shift,
     normal_cdf,
     normal_tail_quantile,
@@ -548,6 +549,53 @@ def test_the_range_of_a_score():
     alone = np.full((1, 2), -fixedpoint.LOGIT_LIMIT, np.int16)
     alone[0, 1] = fixedpoint.LOGIT_LIMIT
     assert both(log_likelihood, alone, np.array([1], np.int32))[0] == 0
+
+
+def slow_slope(logits, target, signs):
+    """128 (the target's sign - the mean sign under the softmax), the mean's magnitude rounded down."""
+    whole, _ = terms()
+    powers = [whole[max(logits) - logit] for logit in logits]
+    along = sum(power * sign for power, sign in zip(powers, signs, strict=True))
+    mean = 128 * abs(along) // sum(powers)
+    return 128 * signs[target] - (mean if along > 0 else -mean)
+
+
+@example(0, 2).via("the smallest vocabulary")
+@given(seeds, st.sampled_from([2, 100, 256, 1000]))
+def test_the_slope_of_a_score(seed, vocabulary):
+    rng = np.random.default_rng(seed)
+    spread = int(rng.choice([0, 3, 50, 600, 2047]))
+    logits = extremes(rng, (2, 3, vocabulary), -spread, spread).astype(np.int16)
+    targets = rng.integers(0, vocabulary, (2, 3)).astype(np.int32)
+    signs = np.where(rng.random((3, vocabulary)) < rng.choice([0, 0.1, 0.5, 1]), -1, 1).astype(np.int8)
+    found = both(log_likelihood_slope, logits, targets, signs)
+    assert found.dtype == np.int32 and found.shape == (2, 3)
+    for i, j in np.ndindex(2, 3):
+        assert found[i, j] == slow_slope(logits[i, j].tolist(), targets[i, j], signs[j].tolist())
+    assert np.all(np.abs(found) <= 256)
+    np.testing.assert_array_equal(log_likelihood_slope(logits, targets, -signs), -found)
+
+
+def test_the_slope_of_the_largest_vocabulary():
+    logits = np.full((1, LARGEST), 1000, np.int16)
+    signs = np.ones((1, LARGEST), np.int8)
+    target = np.array([5], np.int32)
+    assert both(log_likelihood_slope, logits, target, signs)[0] == 0
+    signs[0, 5] = -1
+    # The mean sign is 1 - 2 / 65536: 127.996.
+    assert both(log_likelihood_slope, logits, target, signs)[0] == -128 - 127
+
+
+@given(seeds)
+def test_the_slope_is_what_a_small_step_changes(seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 400, (20, 100)).clip(-1500, 1500).astype(np.int32)
+    targets = rng.integers(0, 100, 20).astype(np.int32)
+    signs = rng.choice([-1, 1], (20, 100)).astype(np.int8)
+    # Over half a bit the change, in 1/256 bit, is the slope, in 1/128.
+    step = 64 * signs.astype(np.int32)
+    change = log_likelihood(logits + step, targets) - log_likelihood(logits - step, targets)
+    np.testing.assert_allclose(log_likelihood_slope(logits, targets, signs), change, atol=6)
 
 
 def test_the_namespace_of_an_array():

@@ -489,7 +489,7 @@ class NativeEngine:
         job = _StepJob(
             estimator=_ACTIVATION if config.estimator == "activation" else _WEIGHT,
             tokens=segment,
-            rank=config.rank,
+            rank=config.rank if config.estimator == "weight" else config.rank_head,
             gaussian_noise=config.noise == "gaussian",
             sign_fitness=config.fitness == "sign",
             sigma_weight=config.sigma_weight,

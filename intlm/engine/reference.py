@@ -312,11 +312,10 @@ def _activation_slice(
 ) -> tuple[Votes, Statistics, np.ndarray]:
     """Per-token signs on the sites' sums, credited by the reward to go; the head by the score's slope."""
     pairs, segment = len(rows_N), tokens_NxT1.shape[1] - 1
-    widths = {"mlp_in": 4 * model.width, "head": model.vocabulary}
     directions, signs = {}, {}
-    for site in eggroll.SITES:
-        for layer in range(1 if site in ("embedding", "head") else model.layers):
-            width = widths.get(site, model.width)
+    for site in eggroll.SITES[:-1]:
+        for layer in range(1 if site == "embedding" else model.layers):
+            width = 4 * model.width if site == "mlp_in" else model.width
             draw = eggroll.draw
             directions[site, layer] = draw(config, key, eggroll.direction_stream(site), layer, rows_N, width)
             signs[site, layer] = draw(config, key, eggroll.sign_stream(site), layer, rows_N, segment)
@@ -344,7 +343,11 @@ def _activation_slice(
     logits, targets, state = _run(model, parameters, tokens_NxT1, state_NxLxD, perturb_at)
     scores = fixedpoint.log_likelihood(logits, targets)
     credit = eggroll.credit(scores)
-    slopes = fixedpoint.log_likelihood_slope(logits, targets, directions["head", 0])
+    head_stream = eggroll.direction_stream("head")
+    head_directions = [
+        eggroll.draw(config, key, head_stream + r, 0, rows_N, model.vocabulary)
+        for r in range(config.rank_head)
+    ]
     total = np.asarray(np.sum(credit, axis=0, dtype=np.int32))
 
     def rewards(horizon: int) -> np.ndarray:
@@ -366,14 +369,19 @@ def _activation_slice(
             if name in eggroll.NORMS:
                 left = norms[name, layer]
                 accumulator = total[:, None]
+            elif name == "head":
+                left = np.concatenate(head_directions)
+                sums = []
+                for direction in head_directions:
+                    slopes = fixedpoint.log_likelihood_slope(logits, targets, direction)
+                    credits_TxN = eggroll.head_credit(slopes)
+                    sums.append(np.einsum("tn,tnk->nk", credits_TxN, np.stack(inputs[name, layer])))
+                accumulator = np.concatenate(sums)
             else:
                 site = eggroll.SITE_OF[name]
                 left = directions[site, layer]
-                if name == "head":
-                    signed_TxN = eggroll.head_credit(slopes)
-                else:
-                    reward = rewards(int(eggroll.horizons(config, model, name)[where]))
-                    signed_TxN = reward * signs[site, layer].T
+                reward = rewards(int(eggroll.horizons(config, model, name)[where]))
+                signed_TxN = reward * signs[site, layer].T
                 if name == "embedding":
                     accumulator = np.zeros((pairs, model.vocabulary), np.int32)
                     for t in range(segment):

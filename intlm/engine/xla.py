@@ -193,11 +193,11 @@ class _Weight(_Plain):
 
 class _Activation(_Weight):
     """The estimator `activation`. Noise: A_s [n, M] and the per-token signs [n, T] of a site under `a.<site>`
-    and `s.<site>`, a norm's [n, D] under its name. The head has no signs."""
+    and `s.<site>`, a norm's [n, D] under its name. The head has no signs, and several directions [n, R, V]."""
 
     def noise(self, key: jax.Array, rows_P: jax.Array, segment: int) -> tuple[Tree, Tree]:
         """The noise of the layers [P, L, ...] and of what has no layer [P, ...]."""
-        widths = {"mlp_in": 4 * self.model.width, "head": self.model.vocabulary}
+        widths = {"mlp_in": 4 * self.model.width}
 
         def streams(sites: Sequence[str], norms: Sequence[str]) -> Streams:
             made = self.vectors(norms)
@@ -207,9 +207,11 @@ class _Activation(_Weight):
             return made
 
         of_layers = streams(("gate", "candidate", "mlp_in", "mlp_out"), LAYER_NORMS)
-        own = streams(("embedding", "head"), ("norm_output",))
-        del own["s.head"]
-        return _draw(self.config, key, rows_P, self.model.layers, of_layers, own)
+        own = streams(("embedding",), ("norm_output",))
+        of_head = range(self.config.rank_head)
+        own |= {f"{r}": (eggroll.direction_stream("head") + r, self.model.vocabulary) for r in of_head}
+        made = _draw(self.config, key, rows_P, self.model.layers, of_layers, own)
+        return made[0], made[1] | {"a.head": jnp.stack([made[1].pop(f"{r}") for r in of_head], axis=1)}
 
     def site(self, site: str, noise: Tree) -> jax.Array:
         """What a site adds to its accumulator: int32 [T, 2, n, M]."""
@@ -552,8 +554,8 @@ class XlaEngine:
             outcome["difference"] = jnp.sum(jnp.abs(credit), axis=0, dtype=jnp.int32)
             outcome["ties"] = jnp.sum((credit == 0).astype(jnp.int32), axis=0, dtype=jnp.int32)
             if votes:
-                slopes = fixedpoint.log_likelihood_slope(logits, targets, noise["a.head"])
-                of_head = eggroll.head_credit(slopes)
+                slope = partial(fixedpoint.log_likelihood_slope, logits, targets)
+                of_head = jax.vmap(lambda a: eggroll.head_credit(slope(a)), in_axes=1)(noise["a.head"])
                 outcome |= self._factors(scales, inputs, credit, of_head, recorded, by_layer, noise)
             return outcome
         difference = jnp.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=jnp.int32)
@@ -569,12 +571,12 @@ class XlaEngine:
         scales: Tree,
         inputs_Txn: jax.Array,
         credit_Txn: jax.Array,
-        head_credit_Txn: jax.Array,
+        head_credit_RxTxn: jax.Array,
         recorded: Tree,
         layers_noise: Tree,
         noise: Tree,
     ) -> Tree:
-        """B of every parameter: int8 [n, ...] under `factor.<parameter>`."""
+        """B of every parameter: int8 [n, ...] under `factor.<parameter>`, of the head [n, R, D]."""
         ks = sorted({0, self.config.horizon, self.config.horizon_recurrent})
         horizon = np.array(ks, np.int32)[:, None]
 
@@ -619,7 +621,8 @@ class XlaEngine:
         _, made = lax.scan(layer_factors, None, layers)
         factors = {name: jnp.swapaxes(value, 0, 1) for name, value in made.items()}
         factors["norm_output"] = eggroll.quantize(total, scales["shift.norm_output"])
-        factors["head"] = factor(head_credit_Txn, recorded["head"], scales["shift.head"])
+        of_head = jax.vmap(lambda credit: factor(credit, recorded["head"], scales["shift.head"]))
+        factors["head"] = jnp.swapaxes(of_head(head_credit_RxTxn), 0, 1)
         n = credit_Txn.shape[1]
         pair = jnp.broadcast_to(jnp.arange(n), inputs_Txn.shape)
         rows = jnp.zeros((n, self.model.vocabulary), jnp.int32)
@@ -634,6 +637,8 @@ class XlaEngine:
         statistics: Statistics = {"saturated": jnp.int64(0)}
         for name in TRAINED:
             b = outcome[f"factor.{name}"]
+            if name == "head":
+                b = b.reshape(-1, b.shape[-1])
             square = jnp.sum(b.astype(jnp.int32) ** 2, axis=-1, dtype=jnp.int32)
             statistics[f"square.{name}"] = jnp.sum(square.astype(jnp.int64), axis=0)
             full = (jnp.abs(b) == fixedpoint.WEIGHT_LIMIT).astype(jnp.int32)
@@ -644,7 +649,8 @@ class XlaEngine:
                 made = lax.map(lambda ab: _outer(*ab), [jnp.swapaxes(x, 0, 1) for x in factors])
                 votes[name] = made.reshape(parameters[name].shape)
             else:
-                made_one = _outer(noise[1][source], b)
+                a = noise[1][source]
+                made_one = _outer(a.reshape(-1, a.shape[-1]), b)
                 votes[name] = (made_one.T if name == "embedding" else made_one).reshape(
                     parameters[name].shape
                 )

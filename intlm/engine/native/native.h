@@ -27,7 +27,8 @@ struct ModelJob {
 
 struct StepJob {
   int32_t estimator, rows, tokens;      // pairs and T; PLAIN: rows of text and tokens
-  int32_t rank, gaussian_noise, sign_fitness, sigma_weight, sigma_norm, mean_difference, threads;
+  int32_t rank;                         // of each matrix; ACTIVATION: of the head
+  int32_t gaussian_noise, sign_fitness, sigma_weight, sigma_norm, mean_difference, threads;
   int32_t site_shift[SITE_HEAD];        // log2 of a site's perturbation of its accumulator; the head has none
   uint32_t first_pair, key[2];          // key of the step
   const int32_t *horizon;               // k: [PARAMETERS, L]
