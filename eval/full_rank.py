@@ -146,10 +146,9 @@ class FullRank:
     """EGGROLL's evaluation over full-rank ones of the same size, noise and text, on as many threads.
 
     eggroll, at_once, by_token: member-tokens/s of the evaluation, votes included, with low-rank perturbations and
-    with full-rank ones in the two orders of `evaluator`. floor: the least time that any code
-    needs which stores each member's matrices and then multiplies with them: as measured, to write them without
-    making noise, and to multiply at the int8 peak; in member-tokens/s. Ratios round by round; `pairs`: those
-    evaluated at once.
+    with full-rank ones in the two orders of `evaluator`. floor: the most member-tokens/s of any code that stores
+    each member's matrices and then multiplies with them: as measured, to write them without making noise, and to
+    multiply at the int8 peak. Ratios round by round; `pairs`: those evaluated at once.
     """
 
     engine: str

@@ -162,10 +162,12 @@ def credit(scores_Tx2xN: Array) -> Array:
     return xp.clip(scores_Tx2xN[:, 0] - scores_Tx2xN[:, 1], -CREDIT_LIMIT, CREDIT_LIMIT)
 
 
-def head_credit(slopes_Tx2xN: Array) -> Array:
-    """Each token's credit of the head: the slopes of both members along a direction of the pair: int32 [T, N],
-    within +-512. slopes: int32 [T, 2, N], from `fixedpoint.log_likelihood_slope`."""
-    return slopes_Tx2xN[:, 0] + slopes_Tx2xN[:, 1]
+def head_credit(slopes_RxTx2xN: Array) -> Array:
+    """Each token's credit of the head, both members' slopes along each direction of the pair: int32 [R, T, N].
+
+    Within +-512. slopes: int32 [R, T, 2, N], from `fixedpoint.log_likelihood_slopes`.
+    """
+    return slopes_RxTx2xN[:, :, 0] + slopes_RxTx2xN[:, :, 1]
 
 
 def discount(credit_N: Array, next_reward_N: Array, horizon: Array) -> Array:

@@ -9,6 +9,7 @@ Right shifts are arithmetic and floor: -1 >> 1 is -1.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -136,7 +137,7 @@ def log2_sum_exp2(logits: Array) -> Array:
     over the eleven bits after it. The result is within 1/256 bit of the exact value (a test proves it).
     """
     xp = namespace(logits)
-    terms, maximum = _powers(logits)
+    terms, maximum = exp2_terms(logits)
     high, low = _sum(terms)
     # Where the sum passes 31 bits its 15 low bits no longer matter to a mantissa of eleven.
     large = high >= (1 << 16)
@@ -159,26 +160,38 @@ def log_likelihood(logits: Array, targets: Array) -> Array:
     return chosen - log2_sum_exp2(logits)
 
 
-def log_likelihood_slope(logits: Array, targets: Array, signs: Array) -> Array:
-    """The derivative of `log_likelihood` along a direction of signs: int32 [...], in 1/128 of a bit a bit.
+def log_likelihood_slopes(logits: Array, targets: Array, directions: Sequence[Array]) -> Array:
+    """The derivatives of `log_likelihood` along directions of signs: int32 [R, ...], Q7, in [-256, 256].
 
-    logits: int16 or int32 [..., V], in [-2047, 2047], V at most 65,536; targets: int32 [...]; signs: int8, -1 or 1,
-    broadcastable to the logits. The softmax's p gives `signs[target] - sum(p * signs)`; here exactly
-    `128 signs[target] - 128 N / S`, the quotient of the sums N of signed and S of unsigned terms of `log2_sum_exp2`
-    rounded towards 0, so that the opposite signs have the opposite slope. In [-256, 256].
+    logits: int16 or int32 [..., V], in [-2047, 2047], V at most 65,536; targets: int32 [...]; directions: R of
+    int8, -1 or 1, broadcastable to the logits. The softmax's p gives `signs[target] - sum(p * signs)`; here it is
+    `128 signs[target] - 128 N / S`, with N the sum of the signed terms of `log2_sum_exp2`, S of the plain ones;
+    the quotient is rounded towards 0, so that the opposite signs have the opposite slope.
     """
     xp = namespace(logits)
-    terms, _ = _powers(logits)
-    own = xp.take_along_axis(xp.broadcast_to(signs, logits.shape), targets[..., None], axis=-1)[..., 0]
-    along, all_terms = (
-        (high.astype(xp.int64) << 15) + low for high, low in (_sum(terms * signs.astype(xp.int32)), _sum(terms))
-    )
-    mean = xp.sign(along) * ((xp.abs(along) << SLOPE_FRACTION_BITS) // all_terms)
+    terms, _ = exp2_terms(logits)
+
+    def whole(terms: Array) -> Array:
+        high, low = _sum(terms)
+        return (high.astype(xp.int64) << 15) + low
+
+    own = [
+        xp.take_along_axis(xp.broadcast_to(signs, logits.shape), targets[..., None], axis=-1)[..., 0]
+        for signs in directions
+    ]
+    along = [whole(xp.where(signs < 0, -terms, terms)) for signs in directions]
+    return slopes(xp.stack(own), xp.stack(along), whole(terms))
+
+
+def slopes(own: Array, along: Array, total: Array) -> Array:
+    """The slopes of `log_likelihood_slopes` from the targets' signs, int8, and the sums N and S, int64. int32."""
+    xp = namespace(along)
+    mean = xp.sign(along) * ((xp.abs(along) << SLOPE_FRACTION_BITS) // total)
     return (own.astype(xp.int32) << SLOPE_FRACTION_BITS) - mean.astype(xp.int32)
 
 
-def _powers(logits: Array) -> tuple[Array, Array]:
-    """2**(logit - maximum) of each logit as int32 [..., V] in Q24, and the maximum: int32 [..., 1], in 1/256 bit."""
+def exp2_terms(logits: Array) -> tuple[Array, Array]:
+    """2**(logit - maximum) of each logit, int32 [..., V], Q24; and the maximum, int32 [..., 1], in 1/256 bit."""
     xp = namespace(logits)
     logits = logits.astype(xp.int32)
     maximum = xp.max(logits, axis=-1, keepdims=True)

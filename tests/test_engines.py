@@ -37,7 +37,9 @@ CASES = {
         ModelConfig(
             width=128, layers=3, vocabulary=300, gate="sigmoid_soft", candidate="tanh_soft", mlp="identity"
         ),
-        EggrollConfig(population=8, segment=5, rank_head=3, horizon=6, horizon_recurrent=2, update="threshold", alpha=30000),
+        EggrollConfig(
+            population=8, segment=5, rank_head=3, horizon=6, horizon_recurrent=2, update="threshold", alpha=30000
+        ),
         0,
     ),
     "weight": (
@@ -121,9 +123,9 @@ def test_population_step_gives_the_same_bits(case, seed, corruption, first_pair)
     assert state.min() >= -127
 
 
-def test_what_xla_does_on_gpus_gives_the_same_bits(monkeypatch):
-    """Large chunks, and projections apart from the matmuls; here on a CPU."""
-    case = "weight, gaussian, rank 2"
+@pytest.mark.parametrize("case", ["activation", "weight, gaussian, rank 2"])
+def test_what_xla_does_on_gpus_gives_the_same_bits(case, monkeypatch):
+    """Large chunks, and projections and slopes apart from the matmuls; here on a CPU."""
     arguments = inputs(case, 3, 0)
     engine = XlaEngine(*CASES[case][:2])
     monkeypatch.setattr(engine, "_on_cpu", False)
@@ -300,9 +302,9 @@ def test_a_members_perturbation_is_the_others_negated(case, monkeypatch):
 @settings(max_examples=4)
 @given(seed=seeds, corruption=corruptions)
 def test_where_members_change_places_votes_change_sign(case, seed, corruption):
-    """With the opposite signs the members change places: scores and states stay, every vote is negated. But for the
-    head's under `activation`, which the two members do not perturb.
+    """With the opposite signs the members change places: scores and states stay, every vote is negated.
 
+    But for the head's under `activation`, whose sum neither member perturbs.
     Scales are such that no rounding of the fitness hides a difference: mean 32, shifts 0, no horizon.
     """
     config, eggroll_config, _ = CASES[case]

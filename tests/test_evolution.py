@@ -78,7 +78,7 @@ def contents(state):
 # --- golden -------------------------------------------------------------------------------------------------
 
 GOLDEN = {
-    "activation": "b9f58a90307f8029c40c3babe632afa2a1a65e59882cb998fcbf66001a988731",
+    "activation": "f8e5eede207150107b01f9514fc42c6a8612423e5eb7f91435317a73c3f64cb0",
     "weight": "5e27e9052561a320c56593aaeabc3b8457919fcd9b74a4c89228aee016556238",
     "paper": "1bb6960886e50b4c5ac5d926698d6a787b2d2c47f88d2643bab361350a99033e",
 }

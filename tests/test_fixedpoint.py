@@ -23,7 +23,7 @@ from intlm.fixedpoint import (
     log2_sum_exp2,
     log2_table,
     log_likelihood,
-    log_likelihood_slope,
+    log_likelihood_slopes,
     matmul_shift,
     normal_cdf,
     normal_tail_quantile,
@@ -551,6 +551,10 @@ def test_the_range_of_a_score():
     assert both(log_likelihood, alone, np.array([1], np.int32))[0] == 0
 
 
+def slopes(logits, targets, *directions):
+    return log_likelihood_slopes(logits, targets, directions)
+
+
 def slow_slope(logits, target, signs):
     """128 (the target's sign - the mean sign under the softmax), the mean's magnitude rounded down."""
     whole, _ = terms()
@@ -568,22 +572,24 @@ def test_the_slope_of_a_score(seed, vocabulary):
     logits = extremes(rng, (2, 3, vocabulary), -spread, spread).astype(np.int16)
     targets = rng.integers(0, vocabulary, (2, 3)).astype(np.int32)
     signs = np.where(rng.random((3, vocabulary)) < rng.choice([0, 0.1, 0.5, 1]), -1, 1).astype(np.int8)
-    found = both(log_likelihood_slope, logits, targets, signs)
+    (found,) = both(slopes, logits, targets, signs)
     assert found.dtype == np.int32 and found.shape == (2, 3)
     for i, j in np.ndindex(2, 3):
         assert found[i, j] == slow_slope(logits[i, j].tolist(), targets[i, j], signs[j].tolist())
     assert np.all(np.abs(found) <= 256)
-    np.testing.assert_array_equal(log_likelihood_slope(logits, targets, -signs), -found)
+    several = log_likelihood_slopes(logits, targets, [-signs, signs, signs[0]])
+    np.testing.assert_array_equal(several[:2], [-found, found])
+    np.testing.assert_array_equal(several[2][:, 0], found[:, 0])
 
 
 def test_the_slope_of_the_largest_vocabulary():
     logits = np.full((1, LARGEST), 1000, np.int16)
     signs = np.ones((1, LARGEST), np.int8)
     target = np.array([5], np.int32)
-    assert both(log_likelihood_slope, logits, target, signs)[0] == 0
+    assert both(log_likelihood_slopes, logits, target, signs)[0] == 0
     signs[0, 5] = -1
     # The mean sign is 1 - 2 / 65536: 127.996.
-    assert both(log_likelihood_slope, logits, target, signs)[0] == -128 - 127
+    assert both(log_likelihood_slopes, logits, target, signs)[0] == -128 - 127
 
 
 @given(seeds)
@@ -595,7 +601,7 @@ def test_the_slope_is_what_a_small_step_changes(seed):
     # Over half a bit the change, in 1/256 bit, is the slope, in 1/128.
     step = 64 * signs.astype(np.int32)
     change = log_likelihood(logits + step, targets) - log_likelihood(logits - step, targets)
-    np.testing.assert_allclose(log_likelihood_slope(logits, targets, signs), change, atol=6)
+    np.testing.assert_allclose(log_likelihood_slopes(logits, targets, [signs])[0], change, atol=6)
 
 
 def test_the_namespace_of_an_array():

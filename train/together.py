@@ -111,7 +111,7 @@ def settled_exchange(cluster: Cluster, engine: DistributedEngine, config: RunCon
 
     seconds = []
     for work in (lambda: cluster.total([np.zeros(size, np.int32)]), recompute):
-        work()  # compiles
+        work()  # what it needs is made: memory, on XLA the compiled program
         cluster.tell()  # waits until all are there
         started = time.perf_counter()
         for _ in range(EXCHANGE_TRIALS):

@@ -172,7 +172,7 @@ def _run(
     state_NxLxD: np.ndarray,
     perturb: Callable[[int], Perturb],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both members of each pair over the segment: logits int32 [T, 2, N, V], targets [T, 2, N], states [N, L, D]."""
+    """Both members of each pair over the segment: logits int32 [T, 2, N, V], targets [T, 2, N], and states."""
     state = _pair_members(state_NxLxD)
     logits = []
     for t in range(tokens_NxT1.shape[1] - 1):
@@ -371,12 +371,9 @@ def _activation_slice(
                 accumulator = total[:, None]
             elif name == "head":
                 left = np.concatenate(head_directions)
-                sums = []
-                for direction in head_directions:
-                    slopes = fixedpoint.log_likelihood_slope(logits, targets, direction)
-                    credits_TxN = eggroll.head_credit(slopes)
-                    sums.append(np.einsum("tn,tnk->nk", credits_TxN, np.stack(inputs[name, layer])))
-                accumulator = np.concatenate(sums)
+                slopes = fixedpoint.log_likelihood_slopes(logits, targets, head_directions)
+                sums = np.einsum("rtn,tnk->rnk", eggroll.head_credit(slopes), np.stack(inputs[name, layer]))
+                accumulator = sums.reshape(-1, model.width)
             else:
                 site = eggroll.SITE_OF[name]
                 left = directions[site, layer]

@@ -554,8 +554,8 @@ class XlaEngine:
             outcome["difference"] = jnp.sum(jnp.abs(credit), axis=0, dtype=jnp.int32)
             outcome["ties"] = jnp.sum((credit == 0).astype(jnp.int32), axis=0, dtype=jnp.int32)
             if votes:
-                slope = partial(fixedpoint.log_likelihood_slope, logits, targets)
-                of_head = jax.vmap(lambda a: eggroll.head_credit(slope(a)), in_axes=1)(noise["a.head"])
+                slopes = (_slopes_on_cpu if self._on_cpu else _slopes)(logits, targets, noise["a.head"])
+                of_head = eggroll.head_credit(slopes)
                 outcome |= self._factors(scales, inputs, credit, of_head, recorded, by_layer, noise)
             return outcome
         difference = jnp.sum(scores[:, 0] - scores[:, 1], axis=0, dtype=jnp.int32)
@@ -621,8 +621,8 @@ class XlaEngine:
         _, made = lax.scan(layer_factors, None, layers)
         factors = {name: jnp.swapaxes(value, 0, 1) for name, value in made.items()}
         factors["norm_output"] = eggroll.quantize(total, scales["shift.norm_output"])
-        of_head = jax.vmap(lambda credit: factor(credit, recorded["head"], scales["shift.head"]))
-        factors["head"] = jnp.swapaxes(of_head(head_credit_RxTxn), 0, 1)
+        sums = jnp.einsum("rtn,tnk->nrk", head_credit_RxTxn, recorded["head"].astype(jnp.int32))
+        factors["head"] = eggroll.quantize(sums, scales["shift.head"])
         n = credit_Txn.shape[1]
         pair = jnp.broadcast_to(jnp.arange(n), inputs_Txn.shape)
         rows = jnp.zeros((n, self.model.vocabulary), jnp.int32)
@@ -720,6 +720,30 @@ class XlaEngine:
         noise = _Weight(self.config, self.model).noise(jnp.asarray(key), rows_P, 0)
         names = [name for name in TRAINED if name != "embedding"]
         return {name: self._weight_vote(name, noise, fitness_P, None) for name in names}
+
+
+def _slopes(logits: jax.Array, targets: jax.Array, directions_nxRxV: jax.Array) -> jax.Array:
+    """The slopes of scores: int32 [R, T, 2, n] from logits [T, 2, n, V] and targets [T, 2, n]."""
+    return fixedpoint.log_likelihood_slopes(logits, targets, list(jnp.swapaxes(directions_nxRxV, 0, 1)))
+
+
+def _slopes_on_cpu(logits: jax.Array, targets: jax.Array, directions_nxRxV: jax.Array) -> jax.Array:
+    """The same, the sums as a matmul: on a CPU each sum of its own would make the softmax's terms again.
+
+    Two halves of the terms, 12 and 13 bits, keep the sums over 2**16 of them inside 32 bits.
+    """
+    terms, _ = fixedpoint.exp2_terms(logits)
+    n, _, vocabulary = directions_nxRxV.shape
+    signs = jnp.concatenate([jnp.ones((n, 1, vocabulary), jnp.int8), directions_nxRxV], axis=1)
+    halves = jnp.stack([terms & 0xFFF, terms >> 12])
+    contract, batch = ((4,), (2,)), ((3,), (0,))
+    sums = lax.dot_general(halves, signs.astype(jnp.int32), (contract, batch)).astype(jnp.int64)
+    total, *along = jnp.moveaxis(sums[:, 0] + (sums[:, 1] << 12), (0, 3), (3, 0))
+    targets_nxTx2 = jnp.moveaxis(targets, 2, 0)
+    own = jnp.take_along_axis(directions_nxRxV[:, None, None], targets_nxTx2[..., None, None], axis=-1)[
+        ..., 0
+    ]
+    return fixedpoint.slopes(jnp.moveaxis(own, (0, 3), (3, 0)), jnp.stack(along), total)
 
 
 def _outer(a_PxM: jax.Array, b_PxK: jax.Array) -> jax.Array:
