@@ -47,7 +47,10 @@ def test_training_has_no_float(model_config, config):
     primitives = {operation.primitive for operation in found if operation.stage == "population step"}
     assert {"dot_general", "scan", "shift_right_arithmetic"} <= primitives
     matmuls = [o for o in found if o.primitive == "dot_general"]
-    assert all(o.inputs == ("int8",) and o.outputs == ("int32",) for o in matmuls)
+    assert all(o.outputs == ("int32",) for o in matmuls)
+    # Credit under `activation` sums products of 32 bits; whatever meets a weight has 8.
+    sums = {("int32",)} if config.estimator == "activation" else set()
+    assert {o.inputs for o in matmuls} == {("int8",)} | sums
 
 
 def detour(function):

@@ -211,7 +211,9 @@ def test_the_first_state():
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
 def test_it_learns_to_remember(estimator):
     """Eight tokens in a fixed order, each twice: 3 bits alone, 1 bit after the last token, 0 with a memory."""
-    config = EggrollConfig(estimator=estimator, population=256, segment=16, step_size=300)
+    # A text without noise: the head's credit has none either, and overshoots with larger steps.
+    step_size = {"activation": 150, "weight": 300}[estimator]
+    config = EggrollConfig(estimator=estimator, population=256, segment=16, step_size=step_size)
     count = 80
     text = np.tile(np.repeat(1 + np.random.default_rng(1).permutation(8), 2), 400)
     starts = np.arange(config.lanes) * 7

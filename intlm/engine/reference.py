@@ -372,7 +372,10 @@ def _activation_slice(
             elif name == "head":
                 left = np.concatenate(head_directions)
                 slopes = fixedpoint.log_likelihood_slopes(logits, targets, head_directions)
-                sums = np.einsum("rtn,tnk->rnk", eggroll.head_credit(slopes), np.stack(inputs[name, layer]))
+                credits_RxTxN = eggroll.head_credit(slopes)
+                sums = np.zeros((config.rank_head, pairs, model.width), np.int32)
+                for t in range(segment):
+                    sums += credits_RxTxN[:, t, :, None] * inputs[name, layer][t]
                 accumulator = sums.reshape(-1, model.width)
             else:
                 site = eggroll.SITE_OF[name]
