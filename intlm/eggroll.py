@@ -50,8 +50,10 @@ SITE_OF = {
 """Estimator `activation`: the site whose perturbation trains a parameter. Norm weights have none: they are
 perturbed themselves, once a segment."""
 
-SITES = ("embedding", "gate", "candidate", "mlp_in", "mlp_out", "head")
-"""The head's is last. Nothing is added to it: what its perturbation does to the loss follows from the logits."""
+PERTURBED_SITES = ("embedding", "gate", "candidate", "mlp_in", "mlp_out")
+
+SITES = (*PERTURBED_SITES, "head")
+"""Nothing is added to the head's: what its perturbation does to the loss follows from the logits."""
 
 
 def join(one: Statistics, other: Statistics) -> Statistics:

@@ -111,3 +111,14 @@ class ListCorpus(Corpus):
 
     def fingerprint(self):
         return {"documents": len(self.items)}
+
+
+def exact_slope(logits, target, direction):
+    """128 (direction[target] - the softmax's mean of the direction), the mean rounded towards 0."""
+    terms = []
+    for logit in logits:
+        whole, part = divmod(max(logits) - logit, 256)
+        terms.append((2 * int(fixedpoint.exp2_table()[part]) + 2**whole) // 2 ** (whole + 1))
+    along = sum(term * sign for term, sign in zip(terms, direction, strict=True))
+    mean = 128 * abs(along) // sum(terms)
+    return 128 * direction[target] - (mean if along > 0 else -mean)

@@ -4,7 +4,7 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same, extreme_parameters, extremes, seeds
+from helpers import assert_same, exact_slope, extreme_parameters, extremes, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -469,17 +469,6 @@ def head_directions(config, eggroll_config, key, row):
             for r in range(eggroll_config.rank_head)
         ]
     ).astype(np.int64)
-
-
-def exact_slope(logits, target, direction):
-    """128 (direction[target] - the softmax's mean of the direction), the mean rounded towards 0."""
-    terms = []
-    for logit in logits:
-        whole, part = divmod(max(logits) - logit, 256)
-        terms.append((2 * int(fixedpoint.exp2_table()[part]) + 2**whole) // 2 ** (whole + 1))
-    along = sum(term * sign for term, sign in zip(terms, direction, strict=True))
-    mean = 128 * abs(along) // sum(terms)
-    return 128 * direction[target] - (mean if along > 0 else -mean)
 
 
 def size(config, site):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_digest, both, extremes, seeds
+from helpers import assert_digest, both, exact_slope, extremes, seeds
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -555,15 +555,6 @@ def slopes(logits, targets, *directions):
     return log_likelihood_slopes(logits, targets, directions)
 
 
-def slow_slope(logits, target, signs):
-    """128 (the target's sign - the mean sign under the softmax), the mean's magnitude rounded down."""
-    whole, _ = terms()
-    powers = [whole[max(logits) - logit] for logit in logits]
-    along = sum(power * sign for power, sign in zip(powers, signs, strict=True))
-    mean = 128 * abs(along) // sum(powers)
-    return 128 * signs[target] - (mean if along > 0 else -mean)
-
-
 @example(0, 2).via("the smallest vocabulary")
 @given(seeds, st.sampled_from([2, 100, 256, 1000]))
 def test_the_slope_of_a_score(seed, vocabulary):
@@ -575,7 +566,7 @@ def test_the_slope_of_a_score(seed, vocabulary):
     (found,) = both(slopes, logits, targets, signs)
     assert found.dtype == np.int32 and found.shape == (2, 3)
     for i, j in np.ndindex(2, 3):
-        assert found[i, j] == slow_slope(logits[i, j].tolist(), targets[i, j], signs[j].tolist())
+        assert found[i, j] == exact_slope(logits[i, j].tolist(), targets[i, j], signs[j].tolist())
     assert np.all(np.abs(found) <= 256)
     several = log_likelihood_slopes(logits, targets, [-signs, signs, signs[0]])
     np.testing.assert_array_equal(several[:2], [-found, found])

@@ -59,7 +59,7 @@ class _StepJob(ctypes.Structure):
         *[(name, ctypes.c_int32) for name in ("estimator", "rows", "tokens", "rank", "gaussian_noise")],
         *[(name, ctypes.c_int32) for name in ("sign_fitness", "sigma_weight", "sigma_norm")],
         *[(name, ctypes.c_int32) for name in ("mean_difference", "threads")],
-        ("site_shift", ctypes.c_int32 * (len(eggroll.SITES) - 1)),
+        ("site_shift", ctypes.c_int32 * len(eggroll.PERTURBED_SITES)),
         ("first_pair", ctypes.c_uint32),
         ("key", ctypes.c_uint32 * 2),
         *[(name, _POINTER) for name in ("horizon", "shift", "text", "state", "state_after")],
@@ -293,7 +293,7 @@ class NativeEngine:
         for row, name in enumerate(TRAINED):
             if config.estimator == "activation" and name in eggroll.SITE_OF:
                 self._horizon[row] = eggroll.horizons(config, model, name)
-        self._site_shift = [eggroll.site_shift(config, site, model.width) for site in eggroll.SITES[:-1]]
+        self._site_shift = [eggroll.site_shift(config, site, model.width) for site in eggroll.PERTURBED_SITES]
 
     def advance(
         self,

@@ -313,7 +313,7 @@ def _activation_slice(
     """Per-token signs on the sites' sums, credited by the reward to go; the head by the score's slope."""
     pairs, segment = len(rows_N), tokens_NxT1.shape[1] - 1
     directions, signs = {}, {}
-    for site in eggroll.SITES[:-1]:
+    for site in eggroll.PERTURBED_SITES:
         for layer in range(1 if site == "embedding" else model.layers):
             width = 4 * model.width if site == "mlp_in" else model.width
             draw = eggroll.draw
