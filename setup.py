@@ -17,6 +17,8 @@ INCLUDED = (
     "matrix",
     "forward",
     "votes",
+    "parallel",
+    "whitening",
     "update",
     "sample",
     "population",

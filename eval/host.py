@@ -121,8 +121,8 @@ def _update_seconds(job: Job, state: EvolutionState) -> float:
         np.repeat(job.lanes.next_segment(), job.config.eggroll.pairs_per_lane, axis=0), state.recurrent,
     )  # fmt: skip
     values = (
-        state.masters, state.head_bias, votes, statistics, state.scales, np.int64(1 << 16), np.int64(256),
-        np.array([1, 2], np.uint32), np.uint32(3),
+        state.masters, state.head_bias, votes, statistics, state.scales, state.whitening, np.int64(1 << 16),
+        np.int64(256), np.array([1, 2], np.uint32), np.uint32(3),
     )  # fmt: skip
     with jax.enable_x64(True):
         ready = jax.tree.map(jax.numpy.asarray, values)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from intlm import eggroll, fixedpoint, model, noise
+from intlm import eggroll, fixedpoint, model, noise, whitening
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine.xla import XlaEngine
 from intlm.evolution import zeros
@@ -72,9 +72,9 @@ def audit(
 ) -> Counter[Operation]:
     """Every operation of the training step, and of `sampler` (logits [N, V] int16, random [N] uint32).
 
-    Stages: initialisation; population step (noise, forward pass, loss, credit or fitness, votes); update;
-    scales; the unperturbed forward pass; log-likelihood; sampling. Shapes are those of a small population:
-    the program is the same for any.
+    Stages: initialisation; population step (noise, forward pass, loss, credit or fitness, votes); whitening;
+    update; scales; the unperturbed forward pass; log-likelihood; sampling. Shapes are those of a small
+    population: the program is the same for any.
     """
     pairs = min(config.pairs, 4)
     engine = XlaEngine(model_config, config, chunk=2)
@@ -99,6 +99,13 @@ def audit(
     found += trace(
         "population step", engine._population_slice, parameters, key, scales, tokens, state, np.int32(0)
     )
+    if config.whitens:
+
+        def whiten(votes: Any, statistics: Any, known: Any, step: Any) -> Any:
+            votes, known = eggroll.whitened(config, model_config, votes, statistics, known)
+            return votes, whitening.renewed(known, step)
+
+        found += trace("whitening", whiten, votes, statistics, like.whitening, np.uint32(1))
     found += trace(
         "update",
         lambda *values: eggroll.update(config, model_config, *values),

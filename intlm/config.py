@@ -90,6 +90,9 @@ class EggrollConfig:
     """The embedding's step size, as a multiple of `step_size`."""
     step_norm: int = 1
     """The norm weights' step size, as a multiple of `step_size`."""
+    whitening: int = 1
+    """1: votes of matrices are multiplied by the inverse of their inputs' covariance (estimator `activation`); 0:
+    they are taken as they are."""
     alpha: int = 3277
     """First fraction of the weights that the threshold update moves, in 1/65536."""
     horizon: int = 1
@@ -133,6 +136,7 @@ class EggrollConfig:
         _within("step_size", self.step_size, 0, STEP_SIZE_LIMIT)
         for name in ("step_head", "step_embedding", "step_norm"):
             _within(name, getattr(self, name), 0, 64)
+        _within("whitening", self.whitening, 0, 1)
         _within("alpha", self.alpha, 0, 1 << 16)
         for name in ("horizon", "horizon_recurrent"):
             _within(name, getattr(self, name), 0, 6)
@@ -152,6 +156,11 @@ class EggrollConfig:
     def pairs(self) -> int:
         """Antithetic pairs in the population."""
         return self.population // 2
+
+    @property
+    def whitens(self) -> bool:
+        """Whether votes are whitened: under `weight` their noise is white by itself."""
+        return self.estimator == "activation" and self.whitening == 1
 
     @property
     def lanes(self) -> int:

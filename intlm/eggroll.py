@@ -8,15 +8,16 @@ The functions on arrays are written once, against the array API that NumPy and J
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from intlm import fixedpoint, noise
+from intlm import fixedpoint, noise, whitening
 from intlm.config import CREDIT_LIMIT, FITNESS_UNIT, STEP_SIZE_LIMIT, EggrollConfig, ModelConfig
 from intlm.fixedpoint import Array, namespace, rounding_shift, saturate
 from intlm.model import LAYER, LAYER_MATRICES, LAYER_NORMS, TRAINED, Parameters, parameters
+from intlm.whitening import Whitening
 
 Votes = dict[str, Array]
 """int32 by parameter name, of the parameter's shape: the sum over pairs of fitness times direction."""
@@ -330,13 +331,15 @@ def update(
 ) -> dict[str, Array]:
     """Masters after one step: int16, by name.
 
-    votes: int32; step_size, quantile: int64 scalars, from `schedule`. `linear`: `master += (votes * m + half)
-    >> 24`, m from `multiples`; `threshold`: a weight moves by one int8 step where |votes| passes m. The product
-    stays below 2**63 (docs/numerics.md).
+    votes: int32, whitened where the configuration says so (see `whitened`); step_size, quantile: int64
+    scalars, from `schedule`. `linear`: `master += (votes * m + half) >> 24`, m from `multiples`; `threshold`: a
+    weight moves by one int8 step where |votes| passes m. The product stays below 2**63 (docs/numerics.md).
     """
     limit = fixedpoint.MASTER_LIMIT
-    multiple = multiples(config, model, masters, statistics, step_size, quantile)
-    updated = {}
+    rows = multiples(
+        config, list(masters), deviations(config, model, masters, statistics), step_size, quantile
+    )
+    multiple, updated = _named(masters, rows), {}
     for name, master in masters.items():
         xp = namespace(step_size)
         m, wide = multiple[name], votes[name].astype(xp.int64)
@@ -353,28 +356,48 @@ def update(
 MULTIPLE_FRACTION_BITS = 24
 
 
+def deviations(
+    config: EggrollConfig, model: ModelConfig, names: Iterable[str], statistics: Statistics
+) -> Array:
+    """The standard deviation that each parameter's votes would have if fitness were noise: int64 [names, L], Q8.
+
+    At least 1.0, so that quotients are bounded.
+    """
+    xp = namespace(next(iter(statistics.values())))
+    variance = _rows(xp, model, {name: _variance(config, model, name, statistics) for name in names})
+    return xp.maximum(fixedpoint.integer_sqrt(xp.minimum(variance, 1 << 45) << 16), 1 << 8)
+
+
 def multiples(
-    config: EggrollConfig,
-    model: ModelConfig,
-    names: Iterable[str],
-    statistics: Statistics,
-    step_size: Array,
-    quantile: Array,
-) -> dict[str, Array]:
+    config: EggrollConfig, names: Sequence[str], deviation: Array, step_size: Array, quantile: Array
+) -> Array:
     """What votes are multiplied by, in 2**-24 of a master's step (`linear`), or have to pass (`threshold`).
 
-    int64 [L] or [] by parameter: step size * 2**16 / deviation, or quantile * deviation. The deviation is the
-    one that the votes would have if fitness were noise.
+    int64 [names, L]: step size * 2**16 / deviation, or quantile * deviation. deviation: from `deviations`; of
+    whitened votes it is 4/5.
     """
-    xp = namespace(step_size)
-    variance = _rows(xp, model, {name: _variance(config, model, name, statistics) for name in names})
-    # Q8, so that small deviations keep their precision; at least 1.0, so that the quotient is bounded.
-    deviation = xp.maximum(fixedpoint.integer_sqrt(xp.minimum(variance, 1 << 45) << 16), 1 << 8)
+    xp = namespace(deviation)
+    whitens = xp.asarray([[config.whitens and name in whitening.NAMES] for name in names])
     if config.update == "threshold":
-        return _named(names, (quantile * deviation) >> 16)
+        white = (quantile << (whitening.WHITENED_FRACTION_BITS - 8 + 2)) // 5
+        return xp.where(whitens, white, (quantile * deviation) >> 16)
     own = {"head": config.step_head, "embedding": config.step_embedding}
-    step = {name: own.get(name, config.step_norm if name in NORMS else 1) for name in names}
-    return _named(names, ((step_size * _rows(xp, model, step)) << MULTIPLE_FRACTION_BITS) // deviation)
+    times = [[own.get(name, config.step_norm if name in NORMS else 1)] for name in names]
+    step = xp.asarray(times) * step_size
+    return xp.where(whitens, (5 * step) >> 3, (step << MULTIPLE_FRACTION_BITS) // deviation)
+
+
+def units(deviation: Array) -> Array:
+    """What votes are multiplied by to be Q30 of their deviation: int64, as `deviation`, which is Q8."""
+    return (1 << (24 + whitening.NORMAL_FRACTION_BITS + 8)) // deviation
+
+
+def whitened(
+    config: EggrollConfig, model: ModelConfig, votes: Votes, statistics: Statistics, known: Whitening
+) -> tuple[Votes, Whitening]:
+    """Votes as `update` takes them where they are whitened, and the whitening that has seen them."""
+    unit = units(deviations(config, model, votes, statistics))
+    return whitening.whiten(votes, _named(votes, unit), known)
 
 
 def advance(
@@ -385,18 +408,23 @@ def advance(
     votes: Votes,
     statistics: Statistics,
     scales: Scales,
+    known: Whitening,
     step_size: Array,
     quantile: Array,
     root: Array,
     step: Array,
-) -> tuple[dict[str, Array], Scales, Parameters, Array]:
+) -> tuple[dict[str, Array], Scales, Whitening, Parameters, Array]:
     """All that lies between two evaluations.
 
-    Returns the masters and scales after the step, and the weights and the key that step number `step` uses.
+    Returns the masters, scales and whitening after the step, and the weights and the key that step number `step`
+    uses.
     """
+    if known:
+        votes, known = whitened(config, model_config, votes, statistics, known)
+        known = whitening.renewed(known, step)
     updated = update(config, model_config, masters, votes, statistics, step_size, quantile)
     scales = next_scales(config, model_config, scales, statistics)
-    return updated, scales, parameters(updated, head_bias), step_key(root, step)
+    return updated, scales, known, parameters(updated, head_bias), step_key(root, step)
 
 
 def _variance(config: EggrollConfig, model: ModelConfig, name: str, statistics: Statistics) -> Array:

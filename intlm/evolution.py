@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from intlm import eggroll, model, noise
+from intlm import eggroll, model, noise, whitening
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.eggroll import Scales, Statistics
 from intlm.engine.engine import Engine
 from intlm.fixedpoint import Array
+from intlm.whitening import Whitening
 
 FIRST_MEASUREMENTS = 8
 """Dry evaluations at most before the first step, until the scales of B stand still."""
@@ -19,13 +20,14 @@ class EvolutionState:
     """All that a step reads and writes. Arrays are as the engine keeps them.
 
     masters: int16 by parameter name; head_bias: int16 [V]; recurrent: int8 [P, L, D], one state a pair;
-    scales: int32, from the step before; step: steps done.
+    scales: int32, from the step before; whitening: see `Whitening`; step: steps done.
     """
 
     masters: dict[str, Array]
     head_bias: Array
     recurrent: Array
     scales: Scales
+    whitening: Whitening
     step: int = 0
 
 
@@ -36,6 +38,7 @@ def initial(model_config: ModelConfig, config: EggrollConfig, counts_V: np.ndarr
         model.head_bias(counts_V),
         model.initial_state(model_config, config.pairs),
         eggroll.first_scales(config, model_config),
+        whitening.initial(model_config) if config.whitens else {},
     )
 
 
@@ -53,6 +56,11 @@ def zeros(model_config: ModelConfig, config: EggrollConfig) -> EvolutionState:
         nothing(np.int16, model_config.vocabulary),
         nothing(np.int8, config.pairs, model_config.layers, model_config.width),
         eggroll.first_scales(config, model_config),
+        {
+            name: nothing(dtype, *shape)
+            for name, (shape, dtype) in whitening.arrays(model_config).items()
+            if config.whitens
+        },
     )
 
 
@@ -90,12 +98,12 @@ class Evolution:
         )
         size, quantile = eggroll.schedule(self.config, self.model, state.step, self.steps)
         step = state.step + 1
-        masters, scales, parameters, key = self.engine.advance(
-            state.masters, state.head_bias, votes, statistics, scales, np.int64(size), np.int64(quantile),
-            self._root, np.uint32(step),
+        masters, scales, known, parameters, key = self.engine.advance(
+            state.masters, state.head_bias, votes, statistics, scales, state.whitening, np.int64(size),
+            np.int64(quantile), self._root, np.uint32(step),
         )  # fmt: skip
         self._weights_of, self._next_key = (masters, parameters), (step, key)
-        return EvolutionState(masters, state.head_bias, recurrent, scales, step), statistics
+        return EvolutionState(masters, state.head_bias, recurrent, scales, known, step), statistics
 
     def _measure(self, state: EvolutionState, parameters: Array, key: Array, tokens: np.ndarray) -> Scales:
         """Scales for the first step: from evaluations of its own segment that change nothing else."""

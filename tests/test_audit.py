@@ -41,14 +41,15 @@ def test_training_has_no_float(model_config, config):
     sampling = SamplingConfig(top_k=5, top_p=60000, min_p=1000)
     found = audit(model_config, config, lambda *values: draw(sampling, *values))
     assert floats(found) == set()
-    assert {operation.stage for operation in found} == STAGES | {"sampling"}
+    own = {"whitening"} if config.whitens else set()
+    assert {operation.stage for operation in found} == STAGES | own | {"sampling"}
     assert sum(found.values()) > 1000
     assert "FLOAT" not in table(found)
     primitives = {operation.primitive for operation in found if operation.stage == "population step"}
     assert {"dot_general", "scan", "shift_right_arithmetic"} <= primitives
     matmuls = [o for o in found if o.primitive == "dot_general"]
     assert all(o.outputs == ("int32",) for o in matmuls)
-    # Credit under `activation` sums products of 32 bits; whatever meets a weight has 8.
+    # Credit and whitening under `activation` sum products of 32 bits; whatever meets a weight has 8.
     sums = {("int32",)} if config.estimator == "activation" else set()
     assert {o.inputs for o in matmuls} == {("int8",)} | sums
 
@@ -82,7 +83,8 @@ def untraced():
         ("intlm.engine.xla", "normalize", {"population step", "forward"}),
         ("intlm.eggroll", "discount", {"population step"}),
         ("intlm.fixedpoint", "log2_sum_exp2", {"population step", "log-likelihood"}),
-        ("intlm.fixedpoint", "integer_sqrt", {"update"}),
+        ("intlm.fixedpoint", "integer_sqrt", {"whitening", "update"}),
+        ("intlm.whitening", "invert", {"whitening"}),
         ("intlm.fixedpoint", "floor_log2", {"population step", "scales", "log-likelihood"}),
     ],
 )

@@ -7,7 +7,7 @@ from helpers import both, extremes, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intlm import eggroll, fixedpoint, model
+from intlm import eggroll, fixedpoint, model, whitening
 from intlm.config import EggrollConfig, ModelConfig
 
 MODEL = ModelConfig(width=64, layers=2, vocabulary=100)
@@ -224,12 +224,17 @@ def test_shifts_stay_inside_a_word():
 
 
 def slow_masters(config, master, votes, variance, multiple, size, quantile):
-    """One element of the update in Python's integers."""
-    deviation = max(256, math.isqrt(min(variance, 1 << 45) << 16))
-    if config.update == "threshold":
+    """One element of the update in Python's integers. variance: None for votes that are whitened."""
+    if variance is None and config.update == "threshold":
+        delta = 256 * ((votes > 0) - (votes < 0)) if 5 * abs(votes) > quantile << 11 else 0
+    elif variance is None:
+        delta = half_up(votes * (5 * size * multiple >> 3), 1 << 24)
+    elif config.update == "threshold":
+        deviation = max(256, math.isqrt(min(variance, 1 << 45) << 16))
         sign = (votes > 0) - (votes < 0)
         delta = 256 * sign if abs(votes) << 16 > quantile * deviation else 0
     else:
+        deviation = max(256, math.isqrt(min(variance, 1 << 45) << 16))
         delta = half_up(votes * ((size * multiple << 24) // deviation), 1 << 24)
     return max(-32512, min(32512, master + delta))
 
@@ -252,6 +257,8 @@ def slow_variance(config, name, layer, statistics):
 UPDATES = {
     "activation": EggrollConfig(population=64, step_head=3, step_embedding=4, step_norm=5),
     "activation, threshold": EggrollConfig(population=64, update="threshold"),
+    "not whitened": EggrollConfig(population=64, step_head=3, step_embedding=4, step_norm=5, whitening=0),
+    "not whitened, threshold": EggrollConfig(population=64, update="threshold", whitening=0),
     "weight": EggrollConfig(estimator="weight", population=64, rank=2, step_head=3, step_norm=5),
     "weight, gaussian": EggrollConfig(estimator="weight", population=64, rank=3, noise="gaussian"),
     "paper": EggrollConfig(
@@ -296,6 +303,8 @@ def test_update_is_exact(name, seed):
         assert found[n].dtype == np.int16
         for index in np.ndindex(shapes[n]):
             variance = slow_variance(config, n, index[0] if n in model.LAYER else 0, statistics)
+            if config.whitens and n in whitening.NAMES:
+                variance = None
             values = int(masters[n][index]), int(votes[n][index])
             assert found[n][index] == slow_masters(
                 config, *values, variance, multiple, int(size), int(quantile)
@@ -352,6 +361,9 @@ def test_where_fitness_is_chance_a_master_moves_by_the_step_size(name):
     config, rng = UPDATES[name], np.random.default_rng(1)
     votes, statistics = pure_noise(config, config.pairs, rng)
     masters = {n: np.zeros(v.shape, np.int16) for n, v in votes.items()}
+    if config.whitens:
+        # White votes are 4/5 of themselves in units of their deviation, Q17.
+        votes["head"] = np.rint(votes["head"] / math.sqrt(statistics["square.head"] / 64) * 0.8 * 2**17)
     votes = {n: v.astype(np.int32) for n, v in votes.items()}
     size, quantile = eggroll.schedule(config, SMALL, 0, 10)
     found = eggroll.update(config, SMALL, masters, votes, statistics, np.int64(size), np.int64(quantile))

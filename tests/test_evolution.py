@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import assert_digest, assert_same
 
-from intlm import eggroll, evolution, model, noise
+from intlm import eggroll, evolution, model, noise, whitening
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine.engine import make_engine
 from intlm.engine.native import available_isas
@@ -72,13 +72,14 @@ def steps(engine, estimator, count=STEPS):
 def contents(state):
     arrays = {f"masters.{name}": np.asarray(value) for name, value in state.masters.items()}
     arrays |= {f"scales.{name}": np.asarray(value) for name, value in state.scales.items()}
+    arrays |= {f"whitening.{name}": np.asarray(value) for name, value in state.whitening.items()}
     return arrays | {"recurrent": np.asarray(state.recurrent), "head_bias": np.asarray(state.head_bias)}
 
 
 # --- golden -------------------------------------------------------------------------------------------------
 
 GOLDEN = {
-    "activation": "f8e5eede207150107b01f9514fc42c6a8612423e5eb7f91435317a73c3f64cb0",
+    "activation": "2f07133f2e1f9be0793081a4d24fc9b3061ae268de07aaad102554217a13e8bc",
     "weight": "5e27e9052561a320c56593aaeabc3b8457919fcd9b74a4c89228aee016556238",
     "paper": "1bb6960886e50b4c5ac5d926698d6a787b2d2c47f88d2643bab361350a99033e",
 }
@@ -131,6 +132,11 @@ def test_a_step_is_what_its_parts_make(estimator):
             model.parameters(before.masters, before.head_bias), key, before.scales, tokens, before.recurrent
         )
         size, quantile = eggroll.schedule(config, MODEL, number, STEPS)
+        known = before.whitening
+        if known:
+            votes, known = eggroll.whitened(config, MODEL, votes, counts, known)
+            known = whitening.renewed(known, np.uint32(number + 1))
+        assert_same(known, after.whitening)
         masters = eggroll.update(
             config, MODEL, before.masters, votes, counts, np.int64(size), np.int64(quantile)
         )

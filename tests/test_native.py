@@ -168,6 +168,7 @@ from intlm.engine import native
 native.__file__ = {str(library.parent / "native.py")!r}
 import test_native as t
 import test_native_sampling as s
+import test_whitening as w
 for config in s.MODELS.values() if {sampler} else ():
     for corruption in range(3):
         parameters = s.extreme_parameters(config, 1, corruption)
@@ -190,6 +191,10 @@ for case in t.CASES:
             engines = t.reference(case), engine
             expected, found = (getattr(engine, what)(parameters, tokens, state) for engine in engines)
             t.assert_same(expected, found, case)
+for shape in w.MODELS:
+    for case in w.CONFIGS:
+        for seed in range({examples}):
+            w.check(shape, case, seed, 32, native.NativeEngine(w.MODELS[shape], w.CONFIGS[case], threads=2))
 print("all agree")
 """
     done = subprocess.run(

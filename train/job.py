@@ -17,7 +17,7 @@ import numpy as np
 
 from eval.baselines import Baselines, baselines
 from eval.bits import Evaluator
-from intlm import checkpoint, fixedpoint, model
+from intlm import checkpoint, fixedpoint, model, whitening
 from intlm.checkpoint import Checkpoint, unused_name
 from intlm.eggroll import Statistics
 from intlm.engine.distributed import DistributedEngine
@@ -195,6 +195,7 @@ class Job:
             # No step writes to the arrays of another.
             arrays = {f"master.{name}": np.asarray(value) for name, value in state.masters.items()}
             arrays |= {f"scale.{name}": np.asarray(value) for name, value in state.scales.items()}
+            arrays |= {f"whitening.{name}": np.asarray(value) for name, value in state.whitening.items()}
             arrays |= {
                 "head_bias": np.asarray(state.head_bias),
                 "recurrent": np.asarray(state.recurrent),
@@ -439,6 +440,7 @@ def restore(
     meta = saved.meta
     wanted = {f"master.{name}": (value.shape, value.dtype) for name, value in like.masters.items()}
     wanted |= {f"scale.{name}": (value.shape, value.dtype) for name, value in like.scales.items()}
+    wanted |= {f"whitening.{name}": (value.shape, value.dtype) for name, value in like.whitening.items()}
     for name in ("head_bias", "recurrent"):
         wanted[name] = (getattr(like, name).shape, getattr(like, name).dtype)
     checkpoint.expect(saved, wanted, path)
@@ -450,6 +452,7 @@ def restore(
         arrays["head_bias"],
         arrays["recurrent"],
         {name: arrays[f"scale.{name}"] for name in like.scales},
+        {name: arrays[f"whitening.{name}"] for name in like.whitening},
         meta["step"],
     )
     return state, meta
@@ -461,6 +464,8 @@ RANGES = {
     "recurrent": (-fixedpoint.WEIGHT_LIMIT, fixedpoint.WEIGHT_LIMIT),
     "scale.shift": (0, 30),
     "scale.difference": (1, 1 << 28),
+    "whitening.covariance": (-whitening.COVARIANCE_LIMIT, whitening.COVARIANCE_LIMIT),
+    "whitening.inverse": (-whitening.INVERSE_LIMIT, whitening.INVERSE_LIMIT),
 }
 """What training can reach. Engines rely on it: a weight of -128 would be looked up beyond the end of a table."""
 

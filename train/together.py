@@ -62,6 +62,7 @@ def handed_out(cluster: Cluster, config: EggrollConfig, state: EvolutionState) -
     """Process 0's state, with the recurrent states of this process's pairs alone."""
     arrays = {name: cluster.hand_out(np.asarray(state.masters[name])) for name in sorted(state.masters)}
     scales = {name: cluster.hand_out(np.asarray(state.scales[name])) for name in sorted(state.scales)}
+    whitening = {name: cluster.hand_out(np.asarray(value)) for name, value in sorted(state.whitening.items())}
     head_bias = cluster.hand_out(np.asarray(state.head_bias))
     own = own_pairs(cluster, config)
     recurrent = np.asarray(state.recurrent)[own].copy()
@@ -77,6 +78,7 @@ def handed_out(cluster: Cluster, config: EggrollConfig, state: EvolutionState) -
         head_bias,
         recurrent,
         {name: scales[name] for name in state.scales},
+        whitening,
         state.step,
     )
 

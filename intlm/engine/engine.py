@@ -14,6 +14,7 @@ from intlm.eggroll import Scales, Statistics, Votes
 from intlm.errors import InputError, unknown
 from intlm.fixedpoint import Array
 from intlm.model import Parameters
+from intlm.whitening import Whitening
 
 
 class Engine(Protocol):
@@ -62,11 +63,12 @@ class Engine(Protocol):
         votes: Votes,
         statistics: Statistics,
         scales: Scales,
+        known: Whitening,
         step_size: Array,
         quantile: Array,
         root: Array,
         step: Array,
-    ) -> tuple[dict[str, Array], Scales, Parameters, Array]:
+    ) -> tuple[dict[str, Array], Scales, Whitening, Parameters, Array]:
         """The update, and all else between two evaluations, in one call; see `eggroll.advance`.
 
         masters: int16 by name; step_size, quantile: int64, `eggroll.schedule`; root: uint32 [2]; step: uint32.

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from intlm import eggroll, fixedpoint
+from intlm import eggroll, fixedpoint, whitening
 from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
 from intlm.engine.engine import DrawRule, usable_cores
 from intlm.errors import InputError, unknown
 from intlm.model import LAYER, TRAINED, Parameters, initial_state, shapes
+from intlm.whitening import Whitening
 
 ISAS = {"scalar": 1, "avx2": 2, "avx512": 4, "amx": 8}
 """Instruction sets, slowest first, with their bits in `intlm_isas`."""
@@ -70,13 +71,15 @@ class _StepJob(ctypes.Structure):
 
 class _UpdateJob(ctypes.Structure):
     _fields_ = (
-        *[(name, ctypes.c_int32) for name in ("threshold", "stride")],
+        *[(name, ctypes.c_int32) for name in ("threshold", "threads", "stride")],
         ("layers", ctypes.c_int32 * len(TRAINED)),
         ("root", ctypes.c_uint32 * 2),
         ("step", ctypes.c_uint32),
         ("key", _POINTER),
         ("size", ctypes.c_int64 * len(TRAINED)),
-        *[(name, _POINTER) for name in ("multiple", "votes", "master", "after", "weight")],
+        ("white_inputs", ctypes.c_int64 * len(TRAINED)),
+        *[(name, _POINTER) for name in ("multiple", "unit", "covariance", "covariance_after")],
+        *[(name, _POINTER) for name in ("inverse", "inverse_after", "votes", "master", "after", "weight")],
     )
 
 
@@ -111,7 +114,6 @@ def library() -> ctypes.CDLL | None:
         raise InputError(f"{found[0]}: was built from another version of intlm; install the package again")
     for isa in _isas(loaded):
         getattr(loaded, f"intlm_update_{isa}").argtypes = (ctypes.POINTER(_UpdateJob),)
-        getattr(loaded, f"intlm_update_{isa}").restype = None
         for what, kind in _JOBS.items():
             getattr(loaded, f"intlm_{what}new_{isa}").restype = _POINTER
             getattr(loaded, f"intlm_{what}free_{isa}").argtypes = (_POINTER,)
@@ -286,6 +288,9 @@ class NativeEngine:
         sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._layers = (ctypes.c_int32 * len(TRAINED))(*layers)
         self._sizes = (ctypes.c_int64 * len(TRAINED))(*[s // n for s, n in zip(sizes, layers, strict=True)])
+        self._white_inputs = (ctypes.c_int64 * len(TRAINED))(
+            *[shape[-1] if name in whitening.NAMES else 0 for name, shape in self._shapes.items()]
+        )
         self._entries = sum(sizes)
         self._sums = len(_COUNTS) + len(TRAINED) * model.layers
         self._shift = np.zeros((len(TRAINED), model.layers), np.int32)
@@ -302,42 +307,56 @@ class NativeEngine:
         votes: Votes,
         statistics: Statistics,
         scales: Scales,
+        known: Whitening,
         step_size: Any,
         quantile: Any,
         root: Any,
         step: Any,
-    ) -> tuple[dict[str, np.ndarray], Scales, Parameters, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], Scales, Whitening, Parameters, np.ndarray]:
         """See `Engine.advance`. The few numbers that a layer shares are NumPy's work."""
         config, model = self.config, self.model
         statistics = {name: np.asarray(value) for name, value in statistics.items()}
         scales = {name: np.asarray(value) for name, value in scales.items()}
-        multiple = eggroll.multiples(
-            config, model, TRAINED, statistics, np.int64(step_size), np.int64(quantile)
-        )
-        rows, key = np.zeros((len(TRAINED), model.layers), np.int64), np.empty(2, np.uint32)
-        for row, name in enumerate(TRAINED):
-            rows[row] = multiple[name]
+        deviation = eggroll.deviations(config, model, TRAINED, statistics)
+        multiple = eggroll.multiples(config, TRAINED, deviation, np.int64(step_size), np.int64(quantile))
+        key = np.empty(2, np.uint32)
         master, taken = self._masters.vector(masters), self._votes.vector(votes)
         after, weights = np.empty(master.shape, np.int16), np.empty(master.shape, np.int8)
         job = _UpdateJob(
             threshold=config.update == "threshold",
+            threads=self.threads,
             stride=model.layers,
             step=int(step),
             key=key.ctypes.data,
             layers=self._layers,
             size=self._sizes,
-            multiple=rows.ctypes.data,
+            white_inputs=self._white_inputs,
+            multiple=multiple.ctypes.data,
             votes=taken.ctypes.data,
             master=master.ctypes.data,
             after=after.ctypes.data,
             weight=weights.ctypes.data,
         )
         job.root[:] = np.asarray(root).tolist()
-        self._update(ctypes.byref(job))
+        if known:
+            unit = eggroll.units(deviation)
+            before = {
+                name: _array(known[name], dtype) for name, (_, dtype) in whitening.arrays(model).items()
+            }
+            known = {name: np.empty_like(array) for name, array in before.items()}
+            due = bool(whitening.is_due(np.uint32(step)))
+            if not due:
+                known["inverse"] = before["inverse"]
+            job.unit = unit.ctypes.data
+            job.covariance, job.inverse = (before[name].ctypes.data for name in ("covariance", "inverse"))
+            job.covariance_after = known["covariance"].ctypes.data
+            job.inverse_after = known["inverse"].ctypes.data if due else None
+        if self._update(ctypes.byref(job)):
+            raise MemoryError("the native engine ran out of memory")
         parameters = self._weights.named(weights)
         parameters["head_bias"] = head_bias
         next_scales = eggroll.next_scales(config, model, scales, statistics)
-        return self._masters.named(after), next_scales, parameters, key
+        return self._masters.named(after), next_scales, known, parameters, key
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as it is, in NumPy: what costs time is in C++."""

@@ -14,6 +14,7 @@ from intlm.config import EggrollConfig, ModelConfig, check_bounds
 from intlm.eggroll import Scales, Statistics, Votes
 from intlm.fixedpoint import activate, gated, matmul_shift, normalize, saturate
 from intlm.model import LAYER_BIASES, LAYER_MATRICES, LAYER_NORMS, SEPARATOR, TRAINED, Parameters, shapes
+from intlm.whitening import Whitening
 
 Perturb = Callable[[str, int, np.ndarray], np.ndarray | int]
 """(parameter, layer, its int8 input [..., K]) -> what is added to its int32 accumulator [..., M]."""
@@ -86,7 +87,9 @@ class ReferenceEngine:
         """The function as it is."""
         return function
 
-    def advance(self, *values: Any) -> tuple[dict[str, np.ndarray], Scales, Parameters, np.ndarray]:
+    def advance(
+        self, *values: Any
+    ) -> tuple[dict[str, np.ndarray], Scales, Whitening, Parameters, np.ndarray]:
         """See `Engine.advance`."""
         return eggroll.advance(self.config, self.model, *values)
 

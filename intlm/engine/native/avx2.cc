@@ -43,6 +43,10 @@ INLINE v16 dot4_weights(v16 acc, b64 stored, v16 weights) {
   }
   return acc;
 }
+INLINE v16 dot2(v16 acc, v16 a, v16 b) {
+  INTLM_EACH acc.parts[i] += (v16::part)_mm256_madd_epi16((y)a.parts[i], (y)b.parts[i]);
+  return acc;
+}
 // Whether the magnitudes of two neighbours in `count` numbers (a multiple of 16) pass `limit` together.
 INLINE bool pairs_exceed(const int8_t *p, int count, int limit) {
   __m128i any = _mm_setzero_si128();

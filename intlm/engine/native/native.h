@@ -47,12 +47,17 @@ struct StepJob {
 };
 
 struct UpdateJob {
-  int32_t threshold, stride;            // of `multiple`, between parameters
+  int32_t threshold, threads, stride;   // of `multiple` and `unit`, between parameters
   int32_t layers[PARAMETERS];           // 1 where a parameter has none
   uint32_t root[2], step;               // of the key that comes next
   uint32_t *key;
   int64_t size[PARAMETERS];             // numbers in a layer
-  const int64_t *multiple;              // [PARAMETERS, L]
+  int64_t white_inputs[PARAMETERS];     // K where votes are whitened in blocks of 64 inputs, or 0
+  const int64_t *multiple, *unit;       // [PARAMETERS, L]
+  const int32_t *covariance;            // [blocks, 64, 64], as those that follow
+  int32_t *covariance_after;
+  const int16_t *inverse;               // null: nothing is whitened
+  int16_t *inverse_after;               // null: it is not due
   const int32_t *votes;                 // one parameter after the other, as all that follow
   const int16_t *master;
   int16_t *after;
@@ -72,14 +77,14 @@ struct SampleJob {
 };
 
 // An evaluator holds a model, its weights as the kernels read them, and memory for its calls, which are made one at
-// a time; so does a sampler. `read` takes a model over; `read` and `run` return 0, or 1 where memory ran out.
+// a time; so does a sampler. `read` takes a model over; `read`, `run` and `update` return 0, or 1 where memory ran out.
 extern "C" {
 #define INTLM_DECLARE(isa)                                     \
   void *intlm_new_##isa(void);                                 \
   void intlm_free_##isa(void *);                               \
   int intlm_read_##isa(void *, const ModelJob *);              \
   int intlm_run_##isa(void *, const StepJob *);                \
-  void intlm_update_##isa(const UpdateJob *);                  \
+  int intlm_update_##isa(const UpdateJob *);                   \
   void *intlm_sampler_new_##isa(void);                         \
   void intlm_sampler_free_##isa(void *);                       \
   int intlm_sampler_read_##isa(void *, const ModelJob *);      \
