@@ -395,16 +395,23 @@ def test_the_schedule_falls_linearly_to_zero(steps):
     assert eggroll.schedule(config, SMALL, steps, steps) == (0, 1152)
 
 
-@pytest.mark.parametrize("estimator", ["activation", "weight"])
-def test_an_open_step_size_follows_its_rule(estimator):
+@pytest.mark.parametrize(
+    ("estimator", "whitening", "power"),
+    [("activation", 1, 3 / 8), ("activation", 0, 1 / 4), ("weight", 1, 1 / 4)],
+)
+def test_an_open_step_size_follows_its_rule(estimator, whitening, power):
     def first(population=1024, segment=32, width=64, steps=305):
-        config = EggrollConfig(estimator=estimator, population=population, segment=segment)
+        config = EggrollConfig(
+            estimator=estimator, population=population, segment=segment, whitening=whitening
+        )
         return eggroll.first_step_size(config, ModelConfig(width=width), steps)
 
     base = eggroll.STEP_SIZE[estimator] << 8
     assert abs(first() / base - 1) < 0.001  # 305 steps of 32,768 member-tokens are 10 million
-    assert abs(first(steps=305 * 16) / base - 1 / 2) < 0.001
-    assert abs(first(population=4096, steps=305) / base - 4 ** (1 / 4)) < 0.001  # also four times the tokens
+    assert abs(first(steps=305 * 16) / base - 16**-power) < 0.001
+    assert (
+        abs(first(population=4096, steps=305) / base - 4 ** (1 / 2 - power)) < 0.001
+    )  # also four times the tokens
     assert abs(first(width=1024) / base - 1 / 2) < 0.001
     assert first(population=1 << 24, segment=4096, steps=1) == 4096 << 8
     given = EggrollConfig(estimator=estimator, step_size=7)
