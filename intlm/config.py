@@ -31,7 +31,7 @@ class ModelConfig:
 
     width: int = 64
     """Width D of the residual stream and the recurrent state; a multiple of 64."""
-    layers: int = 2
+    layers: int = 1
     """Number of layers L."""
     vocabulary: int = 256
     """Number of tokens V; set by the tokenizer."""

@@ -291,8 +291,9 @@ def mutated_arrays(source: Source, header: dict, data: bytes) -> tuple[dict, byt
         limits = np.iinfo(dtype)
         if tame:
             low, high = {"I8": (-127, 127), "I16": (-32512, 32512), "I32": (0, 30)}[header[name]["dtype"]]
-            if name == "head_bias":
-                low, high = -2047, 2047
+            own = {"head_bias": 2047, "whitening.inverse": 8191, "whitening.covariance": 1 << 30}
+            if name in own:
+                low, high = -own[name], own[name]
         else:
             low, high = limits.min, limits.max
         first = source.randrange(len(values))
@@ -471,7 +472,7 @@ def use_model(config: RunConfig, parameters: dict, tokens: np.ndarray) -> None:
 
 
 def use_state(run: Run, path: Path, config: RunConfig) -> None:
-    """Evaluate a population on the state, on two engines."""
+    """Take a step from the state, on two engines."""
     tokenizer = load_tokenizer(run.directory)
     state, _ = restore(path, config, tokenizer, zeros(config.model, config.eggroll))
     tokens = (
@@ -489,10 +490,22 @@ def use_state(run: Run, path: Path, config: RunConfig) -> None:
     results = [
         engine.population_step(parameters, key, state.scales, tokens, state.recurrent) for engine in engines
     ]
-    for votes, statistics, recurrent in results[1:]:
-        assert np.array_equal(recurrent, results[0][2])
-        for one, other in ((votes, results[0][0]), (statistics, results[0][1])):
-            assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    votes, statistics, recurrent = results[0]
+    after = [
+        engine.advance(
+            state.masters, state.head_bias, votes, statistics, state.scales, state.whitening, np.int64(1 << 14),
+            np.int64(1 << 8), noise.seed_key(0), np.uint32(32),
+        )
+        for engine in engines
+    ]  # fmt: skip
+    pairs = [(after[0][0], other[0]) for other in after[1:]] + [
+        (after[0][2], other[2]) for other in after[1:]
+    ]
+    for other in results[1:]:
+        assert np.array_equal(recurrent, other[2])
+        pairs += [(votes, other[0]), (statistics, other[1])]
+    for one, other in pairs:
+        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def load_checkpoint(path: Path) -> None:

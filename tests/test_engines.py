@@ -8,7 +8,7 @@ from helpers import assert_same, exact_slope, extreme_parameters, extremes, seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intlm import eggroll, fixedpoint, model, noise
+from intlm import eggroll, fixedpoint, model, noise, whitening
 from intlm.config import EggrollConfig, ModelConfig
 from intlm.engine import reference as reference_module
 from intlm.engine import xla as xla_module
@@ -187,6 +187,8 @@ def test_scales_and_update_give_the_same_bits_after_a_step(case):
     for seed in range(6):
         arguments = inputs(case, seed, seed % 3)
         votes, statistics, _ = reference.population_step(*arguments)
+        if eggroll_config.whitens:
+            votes, _ = eggroll.whitened(eggroll_config, config, votes, statistics, whitening.initial(config))
         rng = np.random.default_rng(seed)
         masters = {
             name: extremes(rng, shape, -32512, 32512).astype(np.int16)

@@ -238,7 +238,7 @@ def test_a_disk_that_is_full_for_some_steps(faulty: Faulty, home: Path) -> None:
     first, second = (line for line in done["err"].splitlines() if "history" not in line)
     assert "one/history: the history cannot be written: 5,000 bytes are free" in history
     assert "one/history: the history is written again, from step " in again
-    assert "step-00000002.safetensors: cannot be written: 16" in first
+    assert "step-00000002.safetensors: cannot be written: 414,652 bytes are needed" in first
     assert first.endswith(
         "5,000 are free; there is none yet, training goes on and tries again every 30 seconds"
     )

@@ -86,7 +86,7 @@ class RunConfig:
 _SECTIONS: dict[str, type] = {"model": ModelConfig, "eggroll": EggrollConfig, "text": TextConfig}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"width": 64, "layers": 1, "population": 64, "segment": 16},
+    "tiny": {"population": 64, "segment": 16},
     "small": {},
     "medium": {"width": 128, "layers": 4},
     "paper": {
