@@ -303,10 +303,8 @@ def first_step_size(config: EggrollConfig, model: ModelConfig, steps: int) -> in
     if config.step_size:
         return config.step_size << 8
     tokens, eighths = config.population * config.segment, 3 if config.whitens else 2
-    eighth_power = (STEP_SIZE[config.estimator] << 8) ** 8 * tokens ** (4 - eighths) * 10 ** (
-        7 * eighths
-    ) << 12
-    eighth_power //= (1 << 60) * steps**eighths * model.width**2
+    eighth_power = (STEP_SIZE[config.estimator] << 8) ** 8 * tokens ** (4 - eighths)
+    eighth_power = eighth_power * 10 ** (7 * eighths) * 64**2 // (32768**4 * steps**eighths * model.width**2)
     return min(math.isqrt(math.isqrt(math.isqrt(eighth_power))), STEP_SIZE_LIMIT << 8)
 
 

@@ -225,16 +225,15 @@ def test_shifts_stay_inside_a_word():
 
 def slow_masters(config, master, votes, variance, multiple, size, quantile):
     """One element of the update in Python's integers. variance: None for votes that are whitened."""
+    sign = (votes > 0) - (votes < 0)
+    deviation = max(256, math.isqrt(min(variance or 0, 1 << 45) << 16))
     if variance is None and config.update == "threshold":
-        delta = 256 * ((votes > 0) - (votes < 0)) if 5 * abs(votes) > quantile << 11 else 0
+        delta = 256 * sign if 5 * abs(votes) > quantile << 11 else 0
     elif variance is None:
         delta = half_up(votes * (5 * size * multiple >> 3), 1 << 24)
     elif config.update == "threshold":
-        deviation = max(256, math.isqrt(min(variance, 1 << 45) << 16))
-        sign = (votes > 0) - (votes < 0)
         delta = 256 * sign if abs(votes) << 16 > quantile * deviation else 0
     else:
-        deviation = max(256, math.isqrt(min(variance, 1 << 45) << 16))
         delta = half_up(votes * ((size * multiple << 24) // deviation), 1 << 24)
     return max(-32512, min(32512, master + delta))
 

@@ -1,7 +1,5 @@
 """Whitening of votes: the inverse, what it does to the covariance, bounds, and every engine's bits."""
 
-import os
-from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -12,9 +10,9 @@ from hypothesis import strategies as st
 
 from intlm import eggroll, model, noise, whitening
 from intlm.config import EggrollConfig, ModelConfig
-from intlm.engine.engine import make_engine
-from intlm.engine.native import available_isas
+from intlm.engine.native import NativeEngine, available_isas
 from intlm.engine.reference import ReferenceEngine
+from intlm.engine.xla import XlaEngine
 
 # An odd vocabulary, and one block or two of some matrices' inputs and four or eight of others'.
 MODELS = {
@@ -29,26 +27,13 @@ CONFIGS = {
 }
 
 
-@contextmanager
-def isa(name):
-    before = os.environ.get("INTLM_ISA")
-    os.environ["INTLM_ISA"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("INTLM_ISA")
-        if before is not None:
-            os.environ["INTLM_ISA"] = before
-
-
 @cache
 def engines(shape, case):
-    made = [make_engine("xla", MODELS[shape], CONFIGS[case])]
-    for name in available_isas():
-        with isa(name):
-            made += [
-                make_engine("native", MODELS[shape], CONFIGS[case], threads=threads) for threads in (1, 3)
-            ]
+    made = [XlaEngine(MODELS[shape], CONFIGS[case])]
+    for isa in available_isas():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("INTLM_ISA", isa)
+            made += [NativeEngine(MODELS[shape], CONFIGS[case], threads=threads) for threads in (1, 3)]
     return made
 
 
@@ -233,17 +218,11 @@ def arguments(shape, case, seed, step):
             layers = (config.layers,) if name in model.LAYER else ()
             statistics[f"square.{name}"] = numbers(layers, 0, 2**40, np.int64)
             scales[f"shift.{name}"] = numbers(layers, 0, 30, np.int32)
-        # Nothing that votes can reach is multiplied out of 63 bits; see `update`.
-        votes |= {
-            name: np.clip(value, -(2**20), 2**20)
-            for name, value in votes.items()
-            if name not in whitening.NAMES
-        }
     else:
-        votes = {name: np.clip(value, -(2**16), 2**16) for name, value in votes.items()}
         scales["difference"] = np.int32(3)
-    if not eggroll_config.whitens:
-        votes = {name: np.clip(value, -(2**16), 2**16) for name, value in votes.items()}
+    # Nothing that votes can reach is multiplied out of 63 bits; see `update`.
+    any_ones = whitening.NAMES if eggroll_config.whitens else ()
+    votes |= {name: np.clip(votes[name], -(2**20), 2**20) for name in votes if name not in any_ones}
     known = whitening.initial(config) if eggroll_config.whitens else {}
     if known:
         if seed % 3:

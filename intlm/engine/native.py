@@ -343,10 +343,10 @@ class NativeEngine:
             before = {
                 name: _array(known[name], dtype) for name, (_, dtype) in whitening.arrays(model).items()
             }
-            known = {name: np.empty_like(array) for name, array in before.items()}
             due = bool(whitening.is_due(np.uint32(step)))
-            if not due:
-                known["inverse"] = before["inverse"]
+            known = before | {"covariance": np.empty_like(before["covariance"])}
+            if due:
+                known["inverse"] = np.empty_like(before["inverse"])
             job.unit = unit.ctypes.data
             job.covariance, job.inverse = (before[name].ctypes.data for name in ("covariance", "inverse"))
             job.covariance_after = known["covariance"].ctypes.data
